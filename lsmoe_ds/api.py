@@ -168,7 +168,8 @@ def read_pairs(
 ) -> Iterator[tuple[str, str]]:
     """Yield the sentence pairs of a direction in the prepared data of a recipe, as the model reads them.
 
-    ``split`` is train, dev or test. Raises UserError for data that are not prepared.
+    So they are normalized, and ⁇ stands for what the vocabulary lacks. ``split`` is train, dev or test.
+    Raises UserError for data that are not prepared.
     """
     from lsmoe_ds.convert.recipes import open_recipe
     from lsmoe_ds.data.prepared import PreparedData

@@ -181,7 +181,10 @@ def how_to_import(folder: Path) -> str | None:
         f"`lsmoe convert {folder} --as consolidated --out DIR --set data.corpora=... --set "
         "data.languages=...`"
     )
-    return f"it is one of Hugging Face, of which {made} makes one to start from"
+    return (
+        f"it is one of Hugging Face, of which {made} makes one to start from, and so does "
+        "'model.huggingface' in a recipe"
+    )
 
 
 def is_stored_recipe(file: Path) -> bool:

@@ -6,6 +6,7 @@ project (``../recipes/demo.yaml``). On the site each such file is a page below `
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import posixpath
 import re
@@ -27,6 +28,7 @@ from lsmoe_ds import api
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.section import is_section
+from lsmoe_ds.inference.translate import Translation
 
 PROJECT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
@@ -230,6 +232,8 @@ def api_page() -> str:
             for each, method in vars(api.Model).items():
                 if not each.startswith("_"):
                     parts += [f"\n### `Model.{each}`\n", *described(f"model.{each}", method)]
+            fields = ", ".join(f"`{each.name}` ({each.type})" for each in dataclasses.fields(Translation))
+            parts += [f"\n### `Translation`\n\nFields: {fields}.\n", paragraphs(Translation.__doc__ or "")]
     return "\n".join(parts)
 
 
@@ -238,5 +242,6 @@ def described(name: str, found: Any) -> list[str]:
         return [paragraphs(found.__doc__ or "")]
     if not inspect.isfunction(found):
         return []
-    signature = str(inspect.signature(found)).replace("self, ", "")
+    # annotations are strings, which are shown in quotes
+    signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(found)).replace("self, ", ""))
     return [f"```python\n{name}{signature}\n```\n", paragraphs(found.__doc__ or "")]

@@ -39,6 +39,7 @@ NEEDED = {
 OPTIONAL = {
     "mpi4py": "joining under mpirun (pip install mpi4py)",
     "ctranslate2": "lsmoe convert --as ctranslate2, and serving it (pip install ctranslate2)",
+    "peft": "a converted adapter of Hugging Face (pip install peft)",
     "fastapi": "lsmoe serve (pip install '.[serve]')",
     "transformers": "running a converted Hugging Face folder (pip install transformers)",
 }

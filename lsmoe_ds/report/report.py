@@ -253,6 +253,8 @@ def _summary(recipe: Recipe, progress: Progress | None) -> str:
     parts = [*sparse, *(method.describe() for method in model.methods)]
     what = f"{model.preset or 'transformer'} {'with ' + ' and '.join(parts) if parts else 'without experts'}"
     steps = f", trained for {progress.steps:,} steps" if progress and progress.steps else ""
+    if base := recipe.training.start_from:
+        steps += f", starting from {Path(base).name}"
     translates = not all(direction.alone for direction in languages.directions)
     directions = f" in {len(languages.directions)} directions" if translates else ""
     return f"{len(languages.codes)} languages{directions}: {what}{steps}."

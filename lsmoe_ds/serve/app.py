@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from lsmoe_ds.serve.metrics import CONTENT_TYPE
 from lsmoe_ds.serve.models import Catalog
 from lsmoe_ds.serve.openapi import describe
-from lsmoe_ds.serve.requests import Refused, key_of, read_asked, read_body, read_fields
+from lsmoe_ds.serve.requests import Refused, key_of, read_asked, read_body, read_fields, read_text
 from lsmoe_ds.serve.service import STOPPING, Service
 
 PAGE = {"": "page.html", "page.css": "page.css", "page.js": "page.js"}
@@ -236,8 +236,8 @@ async def _frontend(service: Service, request: Request) -> Response:
 
 
 async def _details(service: Service, request: Request) -> Response:
-    asked = [request.query_params.get(name, "") for name in ("source", "target")]
-    return _json(service.details(asked[0], asked[1], _catalog(service, request)))
+    source, target = (read_text(request.query_params, name) for name in ("source", "target"))
+    return _json(service.details(source, target, _catalog(service, request)))
 
 
 async def _models(service: Service, request: Request) -> Response:

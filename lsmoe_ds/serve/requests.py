@@ -152,7 +152,7 @@ def read_asked(fields: Mapping[str, Any], settings: Settings, translates: bool =
             raise Refused(400, f"q has half of a pair of surrogates at character {found.start() + 1}")
     if not translates:
         return Asked(tuple(texts), isinstance(q, list), "auto", "", False, 0)
-    kind = _text(fields, "format", "text")
+    kind = read_text(fields, "format", "text")
     if kind != "text":
         raise Refused(400, "format is text alone: this server does not translate HTML or other formats")
     stream = fields.get("stream", False)
@@ -160,7 +160,7 @@ def read_asked(fields: Mapping[str, Any], settings: Settings, translates: bool =
         stream = stream.lower() in TRUE
     if not isinstance(stream, bool):
         raise Refused(400, "stream should be true or false")
-    source, target = _text(fields, "source"), _text(fields, "target")
+    source, target = read_text(fields, "source"), read_text(fields, "target")
     alternatives = _read_alternatives(fields, settings)
     return Asked(tuple(texts), isinstance(q, list), source, target, stream, alternatives)
 
@@ -187,7 +187,8 @@ def key_of(fields: Mapping[str, Any]) -> str:
     return given if isinstance(given, str) else ""
 
 
-def _text(fields: Mapping[str, Any], name: str, default: str | None = None) -> str:
+def read_text(fields: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """Return a field that is a text. Raises Refused (400) for another type, or if it is missing."""
     given = fields.get(name, default)
     if given is None or given == "":
         raise Refused(400, f"the field {name} is missing")

@@ -60,6 +60,16 @@ def test_the_summary_says_who_chooses(moe: dict, expected: str, tmp_path) -> Non
     assert expected in Page(write_report(run)).text
 
 
+def test_the_summary_names_the_weights_that_training_started_from(tmp_path) -> None:
+    run = make_run(tmp_path)
+    recipe = (run / "recipe.yaml").read_text()
+    recipe = recipe.replace("training:\n", "training:\n  start_from: bases/nllb\n")
+    (run / "recipe.yaml").write_text(
+        recipe.replace("  vocabulary:\n", "  vocabulary:\n    file: own.model\n")
+    )
+    assert "steps, starting from nllb." in Page(write_report(run)).text
+
+
 def test_the_report_of_a_model_without_experts_speaks_of_none(tmp_path) -> None:
     run = make_run(tmp_path)
     recipe = load_recipe(run / "recipe.yaml").model_dump(exclude_none=True)

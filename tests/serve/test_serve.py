@@ -305,6 +305,8 @@ def test_what_there_is_to_ask_for(server, run):
     post(server, q="ba", source="en", target="de")
     found = json.loads(ask(server, "GET", "/details?source=eng&target=de")[1])
     assert found["loaded"] and found["step"] == 2 and found["engine"] == "ctranslate2"
+    status, answer = ask(server, "GET", "/details?source=en")[:2]
+    assert status == 400 and json.loads(answer) == {"error": "the field target is missing"}
     layers = [(each["side"], each["layer"], each["of"]) for each in found["experts"]]
     assert layers == [("encoder", 2, 4), ("decoder", 2, 4)]
     weights = [sum(one["weight"] for one in each["experts"]) for each in found["experts"]]

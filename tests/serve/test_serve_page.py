@@ -28,7 +28,7 @@ def test_everything_has_a_name():
     page = lxml.html.fromstring((PAGE / "page.html").read_text(encoding="utf-8"))
     labelled = {label.get("for") for label in page.iter("label")}
     fields = [each for tag in ("input", "select", "textarea") for each in page.iter(tag)]
-    assert len(fields) == 4 and all(each.get("id") in labelled for each in fields)
+    assert len(fields) == 5 and all(each.get("id") in labelled for each in fields)
     buttons = list(page.iter("button"))
     assert len(buttons) == 3 and all(
         each.get("aria-label") or each.text_content().strip() for each in buttons
@@ -66,6 +66,7 @@ def test_a_browser_translates(pool, tmp_path):
         into = browser.evaluate("[...at('target').options].map(each => each.value)")
         assert into == ["fr", "de"], "no direction from English into itself"
         assert browser.evaluate("at('error').hidden")
+        assert browser.evaluate("at('model-field').hidden"), "there is one model"
         for name, width, height in (("desktop", 1280, 1000), ("phone", 390, 1300)):
             browser.open(f"{server.url}/#source=en&target=de&q={quote(text)}", width, height)
             browser.wait("!at('about').hidden")
@@ -84,3 +85,23 @@ def test_a_browser_translates(pool, tmp_path):
         browser.evaluate("at('text').value = 'a'.repeat(20001); at('go').click()")
         browser.wait("!at('error').hidden")
         assert value("error") == "q has 20,001 characters: at most 20,000 are allowed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_each_of_several_models_can_be_chosen(pool, tmp_path):
+    run = make_run(pool, tmp_path, TARGET_TOP2, TARGET_TOP2, 1)[0]
+    with Played([run, run], Settings()) as server, Browser(tmp_path / "browser") as browser:
+        browser.open(f"{server.url}/#source=en&target=de&q=ba%20de")
+        browser.wait("at('facts').textContent.includes('Modelsmall')")
+        names = browser.evaluate("[...at('model').options].map(each => each.value)")
+        assert names == ["", "small", "small-2"] and not browser.evaluate("at('model-field').hidden")
+        browser.evaluate("at('model').value = 'small-2'; at('model').dispatchEvent(new Event('change'))")
+        browser.wait("at('facts').textContent.includes('Modelsmall-2')")
+        languages = browser.evaluate("[at('source').value, at('target').value]")
+        assert languages == ["en", "de"], "they stay chosen"
+        browser.picture(tmp_path / "models.png")
+        kept = browser.evaluate("location.hash")
+        assert kept == "#source=en&target=de&model=small-2"
+        browser.open(f"{server.url}/?again{kept}&q=lu")
+        browser.wait("at('facts').textContent.includes('Modelsmall-2')")

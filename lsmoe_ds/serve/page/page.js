@@ -6,6 +6,7 @@ const AUTO = "auto";
 const PAUSE = 700; // ms without typing, after which text is translated
 
 let languages = [];
+let place = ""; // where the chosen model answers: "models/NAME/", or "" for all models together
 let limit = -1;
 let running = null; // AbortController of the translation that is being received
 let timer = 0;
@@ -114,7 +115,7 @@ async function translate() {
   at("translation").setAttribute("aria-busy", "true");
   const began = performance.now();
   try {
-    const answer = await fetch("translate", {
+    const answer = await fetch(`${place}translate`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(asked),
@@ -151,7 +152,7 @@ async function translate() {
 
 // Show what translated: the model, its size, and the experts of a sub-network.
 async function about(source, target) {
-  const found = await read(`details?${new URLSearchParams({ source, target })}`);
+  const found = await read(`${place}details?${new URLSearchParams({ source, target })}`);
   const facts = [
     ["Direction", `${nameOf(source)} to ${nameOf(target)}`],
     ["Model", found.model],
@@ -209,33 +210,59 @@ function changed() {
   translate();
 }
 
-// Keep the languages, not the text, in the address.
+// Keep the languages and the model, not the text, in the address.
 function remember() {
-  const languagesChosen = new URLSearchParams({ source: at("source").value, target: at("target").value });
-  history.replaceState(null, "", `#${languagesChosen}`);
+  const kept = new URLSearchParams({ source: at("source").value, target: at("target").value });
+  if (at("model").value) kept.set("model", at("model").value);
+  history.replaceState(null, "", `#${kept}`);
+}
+
+// Read what the chosen model translates, and choose these languages where it has them.
+async function chooseModel(source, target) {
+  place = at("model").value ? `models/${encodeURIComponent(at("model").value)}/` : "";
+  const [all, settings] = await Promise.all(["languages", "frontend/settings"].map((path) => read(place + path)));
+  languages = all;
+  limit = settings.charLimit;
+  detected = "";
+  at("key-field").hidden = !settings.keyRequired;
+  const sources = languages.filter((each) => each.targets.length).map((each) => each.code);
+  fill(at("source"), settings.detection ? [AUTO, ...sources] : sources, settings.language.source.code);
+  if ([...at("source").options].some((each) => each.value === source)) at("source").value = source;
+  chosen(target || settings.language.target.code);
+}
+
+// Offer the models, if there are several; "" stands for all of them together.
+function fillModels(models, wanted) {
+  at("model").append(make("option", "The first that has the direction"));
+  at("model").lastChild.value = "";
+  for (const each of models) at("model").append(make("option", each.name));
+  if (models.some((each) => each.name === wanted)) at("model").value = wanted;
+  at("model-field").hidden = models.length < 2;
 }
 
 async function start() {
   const asked = new URLSearchParams(location.hash.slice(1));
   try {
-    const [all, settings, models] = await Promise.all(["languages", "frontend/settings", "models"].map(read));
-    languages = all;
-    limit = settings.charLimit;
-    at("key-field").hidden = !settings.keyRequired;
+    const models = await read("models");
+    fillModels(models, asked.get("model"));
+    await chooseModel(asked.get("source"), asked.get("target"));
     const directions = new Set(models.flatMap((each) => each.directions)).size;
+    const codes = new Set(models.flatMap((each) => each.directions.flatMap((one) => one.split("-")))).size;
     const names = models.map((each) => each.name).join(", ");
     at("served").textContent =
-      `${names} · ${languages.length} languages, ${directions} direction${directions === 1 ? "" : "s"}`;
-    const sources = languages.filter((each) => each.targets.length).map((each) => each.code);
-    fill(at("source"), settings.detection ? [AUTO, ...sources] : sources, settings.language.source.code);
-    if ([...at("source").options].some((each) => each.value === asked.get("source"))) {
-      at("source").value = asked.get("source");
-    }
-    chosen(asked.get("target") || settings.language.target.code);
+      `${names} · ${codes} languages, ${directions} direction${directions === 1 ? "" : "s"}`;
   } catch (error) {
     showError(`The server does not answer: ${error.message}`);
     return;
   }
+  at("model").addEventListener("change", async () => {
+    try {
+      await chooseModel(at("source").value, at("target").value);
+      changed();
+    } catch (error) {
+      showError(`The server does not answer: ${error.message}`);
+    }
+  });
   at("source").addEventListener("change", () => { detected = ""; chosen(); changed(); });
   at("target").addEventListener("change", () => { chosen(); changed(); });
   at("swap").addEventListener("click", swap);
