@@ -106,10 +106,9 @@ def check_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
                 "the run keeps the codes that it was started with, so continue it with its own recipe, "
                 f"{stored}"
             )
-        was, has = ("no value" if value is None else value for value in (before, now))
         raise UserError(
-            f"the run {run} was started with {key} {was}, the recipe now has {has}: "
-            f"{advice}, or write to another folder with --out"
+            f"the run {run} was started {_differs(key, before, now)}: {advice}, or write to another folder "
+            "with --out"
         )
     check_vocabulary(run, read_origin(run).get("vocabulary"))
     if sha256(copied) != sha256(vocabulary):
@@ -130,12 +129,31 @@ def has_trained(run: Path) -> bool:
 
 
 def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each key that differs between recipes, with both values, unless a resumed run may change it."""
+    """Yield each key that differs between recipes, with both values, unless a resumed run may change it.
+
+    A section that only one recipe has, such as ``model.low_rank``, counts as one key with the value "one".
+    """
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    told: set[str] = set()
     for key in sorted(old.keys() | new.keys()):
         may_change = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-        if old.get(key) != new.get(key) and not may_change:
+        if old.get(key) == new.get(key) or may_change:
+            continue
+        parts = key.split(".")
+        sections = [".".join(parts[:end]) for end in range(1, len(parts))]
+        section = next((each for each in sections if each in old or each in new), None)
+        if section is None:
             yield key, old.get(key), new.get(key)
+        elif section not in told:
+            told.add(section)
+            yield section, *((None, "one") if section in old else ("one", None))
+
+
+def _differs(key: str, before: Any, now: Any) -> str:
+    """Describe a change that :func:`find_changes` has found."""
+    if before is None:
+        return f"without {key}, the recipe now has {now}"
+    return f"with {key} {before}, the recipe now has {'none' if now is None else now}"
 
 
 def _is_begun(path: Path, vocabulary: Path) -> bool:

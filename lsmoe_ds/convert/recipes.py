@@ -64,7 +64,7 @@ def import_once(folder: Path, wanted: Wanted) -> Path | None:
 
             wanted.check(sizes_of(folder))
             _check_replaceable(folder, out)
-            notice(f"{folder} is imported, once: {out} will have it in the form of lsmoe_ds")
+            notice(f"importing {folder} as {out}, in the form of lsmoe_ds; later commands use that")
             import_model(folder, "consolidated", Asked(data=wanted.data, places=wanted.places), out)
     return out
 

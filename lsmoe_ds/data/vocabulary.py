@@ -16,9 +16,11 @@ from lsmoe_ds.data.cleaning import clean_text
 from lsmoe_ds.data.host_tokenizer import HostTokenizer
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.languages import BOS, EOS, PAD, UNK, nearest, tag
+from lsmoe_ds.notices import counted
 
 SPECIALS = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>"}
 UNUSED, MULTIPLE = "<unused", 8
+FEW = 12  # languages that an error names; more are counted
 # Sums in unigram training depend on the number of threads: with a fixed number the model is the same on any
 # machine.
 THREADS = 4
@@ -99,7 +101,7 @@ class Vocabulary:
         if code not in self._tags:
             raise UserError(
                 f"the vocabulary has no tag for '{code}'{nearest(code, self._tags)}: it has "
-                f"{', '.join(self._tags)}"
+                f"{_few(list(self._tags))}"
             )
         return self._tags[code]
 
@@ -222,9 +224,15 @@ def read_vocabulary(settings: data_settings.Vocabulary, codes: Sequence[str]) ->
         return vocabulary
     if lacking := [code for code in codes if code not in vocabulary.codes]:
         raise UserError(
-            f"{settings.file} has no tag for '{lacking[0]}': it has {', '.join(vocabulary.codes) or 'none'}"
+            f"{settings.file} has no tag for '{lacking[0]}'{nearest(lacking[0], vocabulary.codes)}: it has "
+            f"{_few(vocabulary.codes)}; `lsmoe convert --as grown` adds a language to a model"
         )
     return vocabulary
+
+
+def _few(codes: Sequence[str]) -> str:
+    """Name the codes if a reader would read them, otherwise count them."""
+    return counted(len(codes), "language") if len(codes) > FEW else ", ".join(codes) or "none"
 
 
 def _explain(message: str, settings: data_settings.Vocabulary) -> str:

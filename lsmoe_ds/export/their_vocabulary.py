@@ -75,7 +75,7 @@ def read_vocabulary(folder: Path, size: int) -> tuple[bytes, list[int]]:
     if not known:
         raise UserError(
             f"{folder} names no languages: special_tokens_map.json or tokenizer.json of the published model "
-            "does"
+            f"does, or for an M2M-100 {PIECE_IDS}"
         )
     more = []
     for piece in text:
@@ -180,6 +180,14 @@ def _read_tokenizer(folder: Path) -> tuple[Any, dict[str, int], dict[str, int]]:
             )
         first, known = len(ids), [f"__{code}__" for code in M2M_100_LANGUAGES.split()] if by_heart else []
     else:
+        settings = read_json(folder / "tokenizer_config.json") or {}
+        if str(settings.get("tokenizer_class")).startswith("M2M100") or any(
+            (found := LANGUAGE.fullmatch(token)) and found["m2m"] for token in (*written, *listed)
+        ):
+            raise UserError(
+                f"{folder} is an M2M-100 without {PIECE_IDS}, which says which row each piece has: copy it "
+                "from the published model"
+            )
         begin = [piece.piece for piece in proto.pieces[:3]]
         if begin != ["<unk>", "<s>", "</s>"]:
             raise UserError(

@@ -181,8 +181,10 @@ class Monitor:
         self.line.since += seconds
 
     def record_dev_loss(self, number: int, losses: dict[str, float]) -> None:
-        """Record the metrics of a validation, by name, ``dev_loss`` first."""
+        """Record and print the metrics of a validation, by name, ``dev_loss`` first."""
         self._write({"step": number, **losses})
+        found = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in losses.items())
+        self.say(f"step {number:,}: {', '.join(found)}")
 
     def record_save(self, number: int, seconds: float) -> None:
         """Record how long training waited for a checkpoint."""

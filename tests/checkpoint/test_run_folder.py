@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import run_folder
-from lsmoe_ds.checkpoint.run_folder import choose_run, list_checkpoints, open_run, to_remove
+from lsmoe_ds.checkpoint.run_folder import choose_run, find_changes, list_checkpoints, open_run, to_remove
 from lsmoe_ds.cli import app
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
@@ -85,6 +85,15 @@ def test_a_run_notes_the_weights_that_it_began_with(tmp_path):
     assert begin("b") == "now"
     (run / "checkpoints" / "step-2").mkdir(parents=True)
     assert begin("c") == "before"
+
+
+def test_a_section_that_only_one_recipe_has_is_one_change(tmp_path):
+    recipe = make_recipe(tmp_path, None, None)
+    method = changed(recipe, model={"low_rank": {"rank": 2}})
+    assert list(find_changes(recipe, method)) == [("model.low_rank", None, "one")]
+    assert list(find_changes(method, recipe)) == [("model.low_rank", "one", None)]
+    other = changed(method, model={"low_rank": {"rank": 3}})
+    assert list(find_changes(method, other)) == [("model.low_rank.rank", 2, 3)]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_prepared_again_when_the_file_changes(root: Path) -> None:
             "'data.vocabulary.size' is 121, but .*first.model has 120 pieces: set it to 120",
         ),
         ("bpe.model", {}, "'data.vocabulary.type' is unigram, but .*bpe.model is of the type bpe"),
-        ("de-fr.model", {}, "de-fr.model has no tag for 'ru': it has de, en, fr"),
+        ("de-fr.model", {}, "de-fr.model has no tag for 'ru': it has de, en, fr; `lsmoe convert --as grown`"),
         ("none.model", {}, "none.model cannot be read: No such file"),
         ("corpora", {}, "corpora cannot be read: Is a directory"),
         ("corpora/django/de-en.tsv", {}, "de-en.tsv: the vocabulary is damaged"),

@@ -86,6 +86,11 @@ def tokenizer_json_only(folder: Path) -> None:
     (folder / "sentencepiece.bpe.model").rename(folder / "tokenizer.json")
 
 
+def without_rows(folder: Path) -> None:
+    (folder / "vocab.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "M2M100Tokenizer"}')
+
+
 def vocabulary_json(**changed: int | None) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         ids = json.loads((folder / "vocab.json").read_text()) | changed
@@ -206,7 +211,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a row below": (vocabulary_json(**{"\u2581": -1}), "a piece has the id -1"),
     "a row above": (vocabulary_json(**{"\u2581": 10**20}), "a piece has the id 100000000000000000000"),
-    "neither kind": (writing("vocab.json", None), "names no languages"),
+    "neither kind": (writing("vocab.json", None), "names no languages: .*, or for an M2M-100 vocab.json"),
+    "an M2M-100 without the rows of its pieces": (
+        without_rows,
+        "is an M2M-100 without vocab.json, which says which row each piece has",
+    ),
     "languages unknown": (
         writing("tokenizer_config.json", '{"language_codes": "wmt21"}'),
         "names no languages",

@@ -92,7 +92,7 @@ def test_the_clock_begins_with_the_training_not_with_the_monitor(tmp_path, clock
     assert records(tmp_path)[0]["seconds"] == 3
 
 
-def test_a_resumed_run_goes_on_with_the_averages_begun_and_without_later_records(tmp_path):
+def test_a_resumed_run_goes_on_with_the_averages_begun_and_without_later_records(tmp_path, capsys):
     """Saved after step 3; the run was killed in step 5, while it wrote the record of step 4."""
     with Monitor(tmp_path, steps=6, every=2, main=True) as monitor:
         monitor.start(0, None)
@@ -100,6 +100,7 @@ def test_a_resumed_run_goes_on_with_the_averages_begun_and_without_later_records
             monitor.after_step(number, step(10 * number), result(float(number)))
         window = json.loads(json.dumps(monitor.state_dict()))
         monitor.record_dev_loss(3, {"dev_loss": 9.0})
+        assert "step 3: dev loss 9.000\n" in capsys.readouterr().err
         monitor.record_save(3, 0.5)
         monitor.after_step(4, step(999), result(999.0))
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -88,7 +88,7 @@ def test_going_on_needs_the_folder_no_more(pool, root, tmp_path):
     going_on = pool.run(1, first_steps, longer, tmp_path / "run")[0]
     assert len(going_on["losses"]) == 1 and going_on["said"][0].startswith("resuming from")
     with pytest.raises(
-        UserError, match=r"was started with training.start_from .*model, the recipe now has no value"
+        UserError, match=r"was started with training.start_from .*model, the recipe now has none"
     ):
         start.check(changed(longer, training={"start_from": None}), tmp_path / "run")
 
