@@ -131,7 +131,7 @@ def has_trained(run: Path) -> bool:
 def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Yield each key that differs between recipes, with both values, unless a resumed run may change it.
 
-    A section that only one recipe has, such as ``model.low_rank``, counts as one key with the value "one".
+    A section that only one recipe has, such as a method, counts as one key with the value "one".
     """
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
     told: set[str] = set()

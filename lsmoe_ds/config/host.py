@@ -77,6 +77,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         fetched = folder.parent.name == "models" and folder.name in FETCHED
         hint = f", or fetch it with `lsmoe data fetch {folder.name}`" if fetched else ""
+        if len(folder.parts) == 2 and not folder.parent.exists():  # may be a name on Hugging Face's hub
+            hint = f"; `hf download {folder} --local-dir {folder.name}` fetches a published one"
         raise UserError(
             f"there is no folder {folder}: give a folder in which transformers saved a model{hint}"
         )
