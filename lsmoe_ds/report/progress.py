@@ -59,8 +59,7 @@ def read_progress(path: Path) -> Progress:
             if isinstance(number, int | float) and math.isfinite(number)
         }
         progress.steps = step
-        # The training loss includes label smoothing and the balance loss; nll is comparable with the dev
-        # loss.
+        # The training loss includes label smoothing; nll is comparable with the dev loss.
         if "loss" in value:
             value.setdefault("nll", value["loss"])
         for name in value.keys() - {"step"}:
