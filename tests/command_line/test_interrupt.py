@@ -312,7 +312,7 @@ def test_a_signal_to_the_whole_process_group_of_several_processes(folder):
         lines[-1] == f"SIGINT (Ctrl-C): saved after step {step}; the same command resumes"
         and "Traceback" not in said
     )
-    usual = r"2 ranks on|every 3 steps it validates|step 1/2000 · loss"
+    usual = r"2 ranks on|every 3 steps it validates|step 1/2000 · loss|step \d+: dev loss"
     assert [line for line in lines[:-1] if not re.match(usual, line)] == []
 
     shorter = recipe_in(folder, steps=step + 4, every=1000, expert=2)
