@@ -256,7 +256,7 @@ def test_the_dev_set_must_have_pairs(root, trained, tmp_path):
     prepare(recipe)
     with pytest.raises(UserError, match=r"'model.neurons' reads the dev set, but .* has no dev pairs: raise"):
         start.check(recipe, tmp_path / "run")
-    # Of a model that has its masks nothing is recorded.
+    # Nothing is recorded for a model that already has its masks.
     convert(trained[0], "consolidated", None, tmp_path / "masked", check=0)
     start.check(changed(recipe, training={"start_from": str(tmp_path / "masked")}), tmp_path / "run")
 
