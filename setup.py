@@ -97,6 +97,7 @@ setup(
             "pytest-xdist>=3",
             "faker>=40",
             "hypothesis>=6",
+            "playwright",
             "schemathesis>=4",
             "ruff",
             "mypy",

@@ -32,11 +32,6 @@ DIRECTIONS = ["en-de", "de-en", "en-fr", "fr-en"]
 
 
 @pytest.fixture(scope="module")
-def run(pool, tmp_path_factory):
-    return make_run(pool, tmp_path_factory.mktemp("serve"), TARGET_TOP2, TARGET_TOP2, 1)[0]
-
-
-@pytest.fixture(scope="module")
 def wanted(run):
     """What `lsmoe translate` makes of the texts, by direction."""
     model = lsmoe_ds.load(run)
@@ -44,17 +39,6 @@ def wanted(run):
         each: dict(zip([*TEXTS, LONG], model.translate([*TEXTS, LONG], *each.split("-")), strict=True))
         for each in DIRECTIONS
     }
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def server(run, cache):
-    with Played([run], Settings(cache=cache)) as played:
-        yield played
 
 
 def test_answers_are_those_of_the_command(server, wanted):

@@ -5,30 +5,13 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from support.playing_server import Played, ask, post
-from support.small_run import TARGET_TOP2, make_run
 
 import lsmoe_ds
+from lsmoe_ds.serve import worker
 from lsmoe_ds.serve.settings import Settings
 
 TEXTS = ["ba de fi", "ko la mi nobu", "fi fi ba ko", "lu ki"]
-
-
-@pytest.fixture(scope="module")
-def run(pool, tmp_path_factory):
-    return make_run(pool, tmp_path_factory.mktemp("serve"), TARGET_TOP2, TARGET_TOP2, 1)[0]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def server(run, cache):
-    with Played([run], Settings(cache=cache)) as played:
-        yield played
 
 
 def test_alternatives_are_the_next_best(server, run):
@@ -57,16 +40,25 @@ def test_alternatives_are_the_next_best(server, run):
     assert [json.loads(event)["alternatives"] for event in events] == [rest for _, *rest in texts]
 
 
-def test_requests_with_and_without_alternatives_at_once(run, cache):
-    with Played([run], Settings(cache=cache, batch_wait=0.2)) as server:
+def test_requests_with_and_without_alternatives_at_once(run, cache, monkeypatch):
+    calls, real = [], worker.translate_lines
+
+    def counted(engine, direction, lines, search, **more):
+        calls.append((search.n_best, len(lines)))
+        return real(engine, direction, lines, search, **more)
+
+    monkeypatch.setattr(worker, "translate_lines", counted)
+    with Played([run], Settings(cache=cache, batch_wait=1.0, batch_size=8)) as server:
+        post(server, q="ba", source="en", target="de")  # loads
+        calls.clear()
 
         def one(number):
             return post(server, q=TEXTS[0], source="en", target="de", alternatives=number)[1]
 
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(one, [0, 1, 2, 0, 1, 2, 0, 4]))
-        numbers = [len(each.get("alternatives", [])) for each in found]
-        assert numbers[:7] == [0, 1, 2, 0, 1, 2, 0] and numbers[7] <= 4
-        assert {each["translatedText"] for each in found} == set(
-            lsmoe_ds.load(run).translate(TEXTS[:1], "en", "de")
-        )
+    assert sorted(calls) == [(1, 3), (5, 5)], "they wait together, and each kind is a batch"
+    numbers = [len(each.get("alternatives", [])) for each in found]
+    assert numbers[:7] == [0, 1, 2, 0, 1, 2, 0] and numbers[7] <= 4
+    (text,) = lsmoe_ds.load(run).translate(TEXTS[:1], "en", "de")
+    assert {each["translatedText"] for each in found} == {text}

@@ -11,7 +11,6 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 from support.playing_server import Played, ask, post
-from support.small_run import TARGET_TOP2, make_run
 
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
@@ -23,16 +22,6 @@ from lsmoe_ds.serve.settings import Settings, read_size, read_time
 from lsmoe_ds.serve.text import split_lines
 
 JSON, FORM = {"content-type": "application/json"}, {"content-type": "application/x-www-form-urlencoded"}
-
-
-@pytest.fixture(scope="module")
-def run(pool, tmp_path_factory):
-    return make_run(pool, tmp_path_factory.mktemp("serve"), TARGET_TOP2, TARGET_TOP2, 1)[0]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 from support.playing_server import Played, ask, post
-from support.small_run import TARGET_TOP2, make_run
 
 from lsmoe_ds.serve.app import PAGE, build_app
 from lsmoe_ds.serve.openapi import describe
@@ -36,10 +35,8 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def server(pool, tmp_path_factory):
-    run = make_run(pool, tmp_path_factory.mktemp("serve"), TARGET_TOP2, TARGET_TOP2, 1)[0]
-    limits = Settings(cache=tmp_path_factory.mktemp("cache"), chars=400, texts=5)
-    with Played([run], limits) as played:
+def server(run, cache):
+    with Played([run], Settings(cache=cache, chars=400, texts=5)) as played:
         yield played
 
 

@@ -7,10 +7,9 @@ from urllib.parse import quote
 
 import lxml.html
 import pytest
+from playwright.sync_api import expect
 from support import PROJECT
-from support.playing_browser import BROWSER, Browser
 from support.playing_server import Played, post
-from support.small_run import TARGET_TOP2, make_run
 
 from lsmoe_ds.serve.settings import Settings
 
@@ -40,68 +39,61 @@ def test_everything_has_a_name():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_a_browser_translates(pool, tmp_path):
-    run = make_run(pool, tmp_path, TARGET_TOP2, TARGET_TOP2, 1)[0]
+def test_a_browser_translates(run, browser, tmp_path):
     text = "ba de fi\n<img src=x onerror=alert(1)>\nlu ki"
-    with Played([run], Settings()) as server, Browser(tmp_path / "browser") as browser:
+    with Played([run], Settings()) as server, browser.new_page() as page:
         _, answer = post(server, q=text, source="en", target="de")
-
-        def value(name: str) -> str:
-            return browser.evaluate(f"at('{name}').value ?? at('{name}').textContent")
-
+        facts, translation, about = (page.locator(f"#{name}") for name in ("facts", "translation", "about"))
         # From the keyboard alone: the focus begins in the text.
-        browser.open(f"{server.url}/#source=en&target=de")
-        browser.wait("document.querySelectorAll('#target option').length === 2")
-        browser.wait("document.activeElement === at('text')")
-        browser.type(text)
-        browser.press("Enter", control=True)
-        browser.wait("!at('about').hidden")
-        assert value("translation") == answer["translatedText"]
-        assert browser.evaluate("at('translation').children.length") == 0, "text, and no elements"
-        facts = value("facts")
-        assert "English to German" in facts and "small" in facts and "CTranslate2" in facts
-        layers = browser.evaluate("[...at('layers').children].map(each => each.textContent)")
-        assert re.fullmatch(r"Encoder layer 2: experts \d \(\d+\s%\), \d \(\d+\s%\) of 4", layers[0])
-        into = browser.evaluate("[...at('target').options].map(each => each.value)")
+        page.goto(f"{server.url}/#source=en&target=de")
+        expect(page.locator("#target option")).to_have_count(2)
+        expect(page.locator("#text")).to_be_focused()
+        page.keyboard.insert_text(text)
+        page.keyboard.press("Control+Enter")
+        expect(about).to_be_visible()
+        assert translation.text_content() == answer["translatedText"]
+        expect(translation.locator("*")).to_have_count(0)  # text, and no elements
+        expect(facts).to_contain_text(re.compile("English to German.*small.*CTranslate2", re.DOTALL))
+        layer = page.locator("#layers > *").first
+        expect(layer).to_have_text(re.compile(r"Encoder layer 2: experts \d \(\d+\s%\), \d \(\d+\s%\) of 4"))
+        into = page.locator("#target option").evaluate_all("all => all.map(each => each.value)")
         assert into == ["fr", "de"], "no direction from English into itself"
-        assert browser.evaluate("at('error').hidden")
-        assert browser.evaluate("at('model-field').hidden"), "there is one model"
+        expect(page.locator("#error")).to_be_hidden()
+        expect(page.locator("#model-field")).to_be_hidden()  # there is one model
         for name, width, height in (("desktop", 1280, 1000), ("phone", 390, 1300)):
-            browser.open(f"{server.url}/#source=en&target=de&q={quote(text)}", width, height)
-            browser.wait("!at('about').hidden")
-            assert browser.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-            browser.picture(tmp_path / f"{name}.png")
-            assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+            page.set_viewport_size({"width": width, "height": height})
+            page.goto(f"{server.url}/?{name}#source=en&target=de&q={quote(text)}")
+            expect(about).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+            page.screenshot(path=tmp_path / f"{name}.png")
         # Swapping takes the translation as the text, and the languages the other way round.
-        browser.evaluate("at('swap').click()")
-        browser.wait("at('facts').textContent.includes('German to English')")
-        assert value("text") == answer["translatedText"] and (value("source"), value("target")) == (
-            "de",
-            "en",
-        )
-        browser.evaluate("at('source').value = 'auto'; at('source').dispatchEvent(new Event('change'))")
-        assert browser.wait("at('detected').textContent").startswith("Detected: ")
-        browser.evaluate("at('text').value = 'a'.repeat(20001); at('go').click()")
-        browser.wait("!at('error').hidden")
-        assert value("error") == "q has 20,001 characters: at most 20,000 are allowed"
+        page.locator("#swap").click()
+        expect(facts).to_contain_text("German to English")
+        expect(page.locator("#text")).to_have_value(answer["translatedText"])
+        expect(page.locator("#source")).to_have_value("de")
+        expect(page.locator("#target")).to_have_value("en")
+        page.locator("#source").select_option("auto")
+        expect(page.locator("#detected")).to_have_text(re.compile("^Detected: "))
+        page.locator("#text").fill("a" * 20001)
+        page.locator("#go").click()
+        expect(page.locator("#error")).to_have_text("q has 20,001 characters: at most 20,000 are allowed")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_each_of_several_models_can_be_chosen(pool, tmp_path):
-    run = make_run(pool, tmp_path, TARGET_TOP2, TARGET_TOP2, 1)[0]
-    with Played([run, run], Settings()) as server, Browser(tmp_path / "browser") as browser:
-        browser.open(f"{server.url}/#source=en&target=de&q=ba%20de")
-        browser.wait("at('facts').textContent.includes('Modelsmall')")
-        names = browser.evaluate("[...at('model').options].map(each => each.value)")
-        assert names == ["", "small", "small-2"] and not browser.evaluate("at('model-field').hidden")
-        browser.evaluate("at('model').value = 'small-2'; at('model').dispatchEvent(new Event('change'))")
-        browser.wait("at('facts').textContent.includes('Modelsmall-2')")
-        languages = browser.evaluate("[at('source').value, at('target').value]")
-        assert languages == ["en", "de"], "they stay chosen"
-        browser.picture(tmp_path / "models.png")
-        kept = browser.evaluate("location.hash")
+def test_each_of_several_models_can_be_chosen(run, browser, tmp_path):
+    with Played([run, run], Settings()) as server, browser.new_page() as page:
+        facts, model = page.locator("#facts"), page.locator("#model")
+        page.goto(f"{server.url}/#source=en&target=de&q=ba%20de")
+        expect(facts).to_contain_text(re.compile("Model *small(?!-2)"))
+        names = model.locator("option").evaluate_all("all => all.map(each => each.value)")
+        assert names == ["", "small", "small-2"]
+        expect(page.locator("#model-field")).to_be_visible()
+        model.select_option("small-2")
+        expect(facts).to_contain_text("Modelsmall-2")
+        expect(page.locator("#source")).to_have_value("en")  # the languages stay chosen
+        expect(page.locator("#target")).to_have_value("de")
+        page.screenshot(path=tmp_path / "models.png")
+        kept = page.evaluate("location.hash")
         assert kept == "#source=en&target=de&model=small-2"
-        browser.open(f"{server.url}/?again{kept}&q=lu")
-        browser.wait("at('facts').textContent.includes('Modelsmall-2')")
+        page.goto(f"{server.url}/?again{kept}&q=lu")
+        expect(facts).to_contain_text("Modelsmall-2")
