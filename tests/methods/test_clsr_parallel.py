@@ -7,7 +7,7 @@ import torch
 from support.language_layers import build_clsr
 from support.plans import recipe_of as planned_recipe
 from support.plans import step_traffic
-from support.sameness import VOCABULARY, close, recipe_for, steps_of, whole
+from support.sameness import VOCABULARY, assert_same, recipe_for, steps_of, whole
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.methods.base import StepSize
@@ -105,14 +105,8 @@ def test_layouts_compute_what_one_process_computes(pool, shared):
         found = pool.run(
             world, train_without_noise, recipe_with_experts(tensor, {"shared": shared}), tensor=tensor
         )
-        for rank in found:
-            for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-                assert numbers == pytest.approx(expected, rel=1e-5), "loss, mean gate, gradient norm"
-        for which, what in ((1, "gradient"), (2, "weight")):
-            ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
-            assert ours.keys() == theirs.keys() and any("_clsr." in name for name in ours)
-            for name in theirs:
-                close(ours[name], theirs[name], f"{what} of {name}")
+        assert_same(found, wanted, tensor)
+        assert any("_clsr." in name for name in whole(found, tensor, 1))
 
 
 def engine_and_autograd(topology, recipe: Recipe):

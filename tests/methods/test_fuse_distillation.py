@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.fuse_distillation import fused, trained_matrices
-from support.sameness import VOCABULARY, close, steps_of, train, whole
+from support.sameness import VOCABULARY, assert_same, close, steps_of, train, whole
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.directions import SentenceIds
@@ -168,14 +168,7 @@ def test_layout_computes_what_one_process_computes(
     found = pool.run(
         world, run_steps, fused(routing, tensor, expert, stage), teacher, tensor=tensor, expert=expert
     )
-    for rank in found:
-        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5)
-    for which, what in ((1, "gradient"), (2, "weight")):
-        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            close(ours[name], theirs[name], f"{what} of {name}")
+    assert_same(found, wanted, tensor)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.optimizer_steps import smoothed
-from support.sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_of, whole
+from support.sameness import UNITS, VOCABULARY, assert_same, close, in_units, recipe_for, steps_of, whole
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.errors import UserError
@@ -123,15 +123,8 @@ def test_layouts_train_the_same_part_alike(pool, alone, routing, trainable, worl
     wanted = alone(routing, trainable, units)
     recipe = in_units(units, frozen_recipe(routing, trainable, tensor, expert, stage))
     found = pool.run(world, train, recipe, tensor=tensor, expert=expert)
-    for rank in found:
-        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5)
+    assert_same(found, wanted, tensor)
     begun = initial(recipe)
-    for which, what in ((1, "gradient"), (2, "weight")):
-        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            close(ours[name], theirs[name], f"{what} of {name}")
     trained = whole(wanted, 1, 1).keys()
     assert 0 < len(trained) < len(begun)
     moved = {name for name, value in whole(found, tensor, 2).items() if not torch.equal(value, begun[name])}

@@ -6,7 +6,17 @@ import pytest
 from support.alternating import alternating
 from support.gradients import gradients, static
 from support.recomputing import both
-from support.sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_of, train, whole
+from support.sameness import (
+    UNITS,
+    VOCABULARY,
+    assert_same,
+    close,
+    in_units,
+    recipe_for,
+    steps_of,
+    train,
+    whole,
+)
 
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
@@ -70,23 +80,12 @@ CASES = [
 CASES.sort(key=lambda case: case[1:4])
 
 
-def same(found, wanted, tensor: int) -> None:
-    for rank in found:
-        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5)
-    for which, what in ((1, "gradient"), (2, "weight")):
-        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            close(ours[name], theirs[name], f"{what} of {name}")
-
-
 @pytest.mark.parametrize(("sides", "world", "tensor", "expert", "stage"), CASES)
 def test_layout_computes_what_one_process_computes(pool, alone, sides, world, tensor, expert, stage):
     units = 2 if tensor == world else UNITS
     recipe = in_units(units, recipe_with(sides, tensor, expert, stage))
     wanted = alone(sides, units)
-    same(pool.run(world, train, recipe, tensor=tensor, expert=expert), wanted, tensor)
+    assert_same(pool.run(world, train, recipe, tensor=tensor, expert=expert), wanted, tensor)
     assert wanted[0][0][0][-1] > 0.5, "clipping must be tested"
 
 
@@ -96,7 +95,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, sides, world, te
 def test_adafactor_steps_the_same(pool, alone, world, tensor, expert):
     recipe = recipe_with("target", tensor, expert, 0, optimizer="adafactor")
     wanted = pool.run(1, train, recipe_with("target", 1, 1, 0, optimizer="adafactor"))
-    same(pool.run(world, train, recipe, tensor=tensor, expert=expert), wanted, tensor)
+    assert_same(pool.run(world, train, recipe, tensor=tensor, expert=expert), wanted, tensor)
 
 
 def losses_over_micro_batches(topology, recipe: Recipe) -> list[tuple]:

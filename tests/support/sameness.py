@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lsmoe_ds.config.recipe import Recipe
@@ -210,6 +211,18 @@ def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
     limit = 1e-5 * max(wanted.abs().max().item(), 1e-2)
     difference = (found - wanted).abs().max().item()
     assert difference <= limit, f"{name}: differs by {difference:.2e}, allowed {limit:.2e}"
+
+
+def assert_same(found: list, wanted: list, tensor: int) -> None:
+    """Compare what all ranks return from :func:`train` with what one process returns."""
+    for numbers, *_ in found:
+        for step, expected in zip(numbers, wanted[0][0], strict=True):
+            assert step == pytest.approx(expected, rel=1e-5), "losses, dropped share and gradient norm differ"
+    for which, what in ((1, "gradient"), (2, "weight")):
+        ours, theirs = whole(found, tensor, which), whole(wanted, 1, which)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            close(ours[name], theirs[name], f"{what} of {name}")
 
 
 def in_units(units: int, recipe: Recipe) -> Recipe:
