@@ -24,6 +24,8 @@ from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted, listed
 
+Schedule = Literal["inverse_square_root", "linear", "cosine"]
+
 
 class EarlyStopping(Section):
     """End the training when ``patience`` validations in a row have not improved the dev loss, or the chrF of
@@ -72,6 +74,7 @@ class Training(Section):
     adafactor: Adafactor | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     warmup: Annotated[int, Field(ge=0)] = 4000
+    schedule: Schedule = "inverse_square_root"
     label_smoothing: Fraction = 0.1
     dropout: Fraction = 0.1
     attention_dropout: Fraction = 0.0

@@ -29,7 +29,7 @@ from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.parallel.parameters import partition_dimension
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.optimizers import build_optimizer
-from lsmoe_ds.training.schedules import inverse_square_root
+from lsmoe_ds.training.schedules import learning_rate
 
 SIDES = ("encoder", "decoder")
 AT_ONCE = 2**20  # values of a 16-bit gradient that are copied to float32 on a CPU
@@ -192,7 +192,9 @@ def train_step(engine: Any, step: Step, number: int, recipe: Recipe, topology: T
     before a gradient that is not finite reaches the weights. If a gradient overflows float16, the step is
     skipped instead, and DeepSpeed lowers the loss scale.
     """
-    rate = inverse_square_root(number, recipe.training.learning_rate, recipe.training.warmup)
+    training = recipe.training
+    peak, schedule = training.learning_rate, training.schedule
+    rate = learning_rate(number, training.steps, peak, training.warmup, schedule)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     model: Model = engine.module

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 
-def inverse_square_root(step: int, peak: float, warmup: int) -> float:
-    """Return the learning rate of ``step``, counted from 1: linear up to ``peak`` at ``warmup``, then falling
-    with 1/sqrt(step).
+from lsmoe_ds.config.recipe import Schedule
 
-    "Attention is all you need", section 5.3, with the peak given instead of the model width.
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Schedule) -> float:
+    """Return the learning rate of ``step``, counted from 1: linear up to ``peak`` at ``warmup``, then down.
+
+    - ``inverse_square_root``: peak * sqrt(warmup / step), as in "Attention is all you need", section 5.3,
+      with the peak given instead of the model width.
+    - ``linear``, ``cosine``: to 0 in the step after the last of ``steps``, along a line or half a cosine.
     """
     if step < warmup:
         return peak * step / warmup
-    return peak * (max(warmup, 1) / step) ** 0.5
+    start = max(warmup, 1)
+    if schedule == "inverse_square_root":
+        return peak * (start / step) ** 0.5
+    left = max(steps + 1 - step, 0) / (steps + 1 - start)
+    return peak * (left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)

@@ -42,7 +42,6 @@ from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.curves import check_installed
 from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.profiling import Traced
-from lsmoe_ds.training.schedules import inverse_square_root
 from lsmoe_ds.training.start_from import added_methods, check_start_from
 from lsmoe_ds.training.teacher import check_teacher
 
@@ -166,7 +165,7 @@ def _notice(recipe: Recipe) -> None:
     """Print notices on standard error about settings that are allowed but rarely intended."""
     training = recipe.training
     if training.warmup > training.steps:
-        reached = inverse_square_root(training.steps, training.learning_rate, training.warmup)
+        reached = training.learning_rate * training.steps / training.warmup
         interrupt.say(
             f"training.warmup is {training.warmup}, more than the {training.steps} training.steps: the "
             f"learning rate rises to {reached:.2e} and never reaches training.learning_rate, "

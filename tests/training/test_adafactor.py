@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.sameness import UNITS, VOCABULARY, close, in_units, recipe_for, steps_of, whole
+from support.sameness import UNITS, VOCABULARY, assert_same, in_units, recipe_for, steps_of, whole
 from support.sameness import train as train_on_rank
 from transformers.optimization import Adafactor as Theirs
 
@@ -14,7 +14,7 @@ from lsmoe_ds.config.optimizer import Adafactor as Settings
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.training.adafactor import Adafactor
-from lsmoe_ds.training.schedules import inverse_square_root
+from lsmoe_ds.training.schedules import learning_rate
 
 SHAPES = [(6, 10), (7,), (2, 3, 5), (1, 4)]
 
@@ -66,7 +66,7 @@ def test_the_relative_steps_of_the_paper_are_a_schedule_of_the_recipe():
     optimizer = ours(mine, scale_parameters=True)
     reference = Theirs(theirs, relative_step=True, warmup_init=True)
     for step in (1, 2, 3, 9_999, 10_000, 10_001, 40_000):
-        optimizer.param_groups[0]["lr"] = inverse_square_root(step, 0.01, 10_000)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 20_000, 0.01, 10_000, "inverse_square_root")
         for parameter, other, gradient in zip(mine, theirs, gradients(step), strict=True):
             parameter.grad, other.grad = gradient.clone(), gradient.clone()
             for held in (optimizer.state[parameter], reference.state[other]):
@@ -168,13 +168,7 @@ def test_layout_computes_what_one_process_computes(pool, alone, routing, world, 
     recipe = in_units(units, recipe_with(routing, tensor, expert, **settings))
     wanted = alone(routing, units, settings)
     found = pool.run(world, train_on_rank, recipe, tensor=tensor, expert=expert)
-    for rank in found:
-        for numbers, expected in zip(rank[0], wanted[0][0], strict=True):
-            assert numbers == pytest.approx(expected, rel=1e-5)
-    ours, theirs = whole(found, tensor, 2), whole(wanted, 1, 2)
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        close(ours[name], theirs[name], name)
+    assert_same(found, wanted, tensor)
 
 
 def steps_taken(topology: Any, recipe: Recipe) -> tuple[list[tuple[float, float]], dict[str, Any]]:

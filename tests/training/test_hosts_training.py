@@ -28,7 +28,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.evaluation.evaluate import evaluate
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.load import load
-from lsmoe_ds.training.schedules import inverse_square_root
+from lsmoe_ds.training.schedules import learning_rate
 from lsmoe_ds.training.start import _notice, check
 
 pytest.importorskip("transformers")
@@ -261,7 +261,9 @@ def plain_losses(recipe: Recipe, dtype: torch.dtype) -> list[float]:
         for copy, gradient in zip(copies, sums, strict=True):
             copy.grad = gradient
         torch.nn.utils.clip_grad_norm_(copies, recipe.training.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = inverse_square_root(number, 0.01, recipe.training.warmup)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            number, 9, 0.01, recipe.training.warmup, recipe.training.schedule
+        )
         optimizer.step()
         with torch.no_grad():
             for copy, parameter in zip(copies, model.parameters(), strict=True):

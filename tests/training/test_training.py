@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from lsmoe_ds.methods.clsr.settings import Clsr
 from lsmoe_ds.parallel.collectives import Traffic
 from lsmoe_ds.training.engine import StepResult
 from lsmoe_ds.training.monitor import Monitor
-from lsmoe_ds.training.schedules import inverse_square_root
+from lsmoe_ds.training.schedules import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +158,14 @@ spoil_worker = spoil  # what a worker imports by name
 
 
 def test_schedule():
-    rates = [inverse_square_root(step, 2.0, 4) for step in (1, 2, 4, 16, 64)]
+    rates = [learning_rate(step, 64, 2.0, 4, "inverse_square_root") for step in (1, 2, 4, 16, 64)]
     assert rates == pytest.approx([0.5, 1.0, 2.0, 1.0, 0.5])
-    assert inverse_square_root(1, 2.0, 0) == 2.0
+    assert learning_rate(1, 64, 2.0, 0, "inverse_square_root") == 2.0
+    rates = [learning_rate(step, 11, 2.0, 4, "linear") for step in (2, 4, 6, 8, 11, 12)]
+    assert rates == pytest.approx([1.0, 2.0, 1.5, 1.0, 0.25, 0.0])
+    rates = [learning_rate(step, 11, 2.0, 4, "cosine") for step in (2, 4, 6, 8, 11, 12)]
+    assert rates == pytest.approx([1.0, 2.0, 1 + 2**-0.5, 1.0, 1 - math.cos(math.pi / 8), 0.0])
+    assert [learning_rate(step, 2, 2.0, 0, "linear") for step in (1, 2, 3)] == [2.0, 1.0, 0.0]
 
 
 def ranks(recipe_file: Path, run: Path, world: int = 2) -> list[subprocess.Popen]:
