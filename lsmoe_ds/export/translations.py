@@ -116,8 +116,8 @@ def translate_corpus(
 
     ``processes`` is the number of workers; 0 means this process. The default is 0 on a GPU, and otherwise one
     for each core. While another process writes the same corpus, this one helps it. An interrupted translation
-    resumes. Raises UserError for a direction that the model lacks or whose text is empty, and for a folder
-    that holds something else.
+    resumes. Raises UserError if the model lacks a direction, nothing is to translate, or the folder holds
+    something else.
     """
     out = Path(out)
     asked.check(how)
@@ -209,8 +209,15 @@ def _lead(
     work.lead(settings)
     texts, left_out = {}, 0
     for direction in own:
-        texts[direction], missing = _source_lines(data, direction, asked)
+        lines, missing = _source_lines(data, direction, asked)
         left_out += missing
+        if lines:
+            texts[direction] = lines
+    if not texts:
+        where = asked.text if data is None else f"the training text in {data.folder}"
+        raise UserError(f"there is nothing to translate for {', '.join(map(str, own))}: {where} has no line")
+    if none := [str(each) for each in own if each not in texts]:
+        notice(f"there is no training text to translate for {', '.join(none)}")
     (work.folder / TEXT).mkdir(exist_ok=True)
     tasks = {
         direction: list(_tasks(stored, direction, lines, asked.samples, how, settings["model"], work))
@@ -259,7 +266,7 @@ def _write(path: Path, lines: Sequence[str], parts: Sequence[Path], asked: Asked
 
 def _source_lines(data: PreparedData | None, direction: Direction, asked: Asked) -> tuple[list[str], int]:
     """Return the lines to translate, and the number of training sentences left out because the vocabulary
-    lacks some of their characters. Raises UserError if there is no line.
+    lacks some of their characters. A direction without training text (zero-shot) has no lines.
     """
     missing = 0
     if data is None:
@@ -275,9 +282,6 @@ def _source_lines(data: PreparedData | None, direction: Direction, asked: Asked)
                 missing += 1
             else:
                 lines.append(" ".join(data.vocabulary.decode(ids).split()))
-    if not lines:
-        where = asked.text if data is None else f"the training text in {data.folder}"
-        raise UserError(f"there is nothing to translate for {direction}: {where} has no line")
     return lines, missing
 
 

@@ -8,8 +8,9 @@ import shutil
 import pytest
 from support.commands import main
 from support.conversions import EN_DE
-from support.small_run import TARGET_TOP2, TOKEN_TOP2, make_run
+from support.small_run import TARGET_TOP2, TOKEN_TOP2, make_recipe, make_run, train_and_save, write_corpus
 
+from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data import stages
@@ -218,6 +219,33 @@ def test_a_student_trains_on_it(run, tmp_path):
     assert len(data.tokens(EN_DE, "train")) and not len(data.tokens(EN_DE.reverse, "train"))
     before = open_data(find_model(run))
     assert data.text(EN_DE, "test") == before.text(EN_DE, "test"), "the student is tested as the teacher is"
+
+
+def test_a_direction_without_training_text_is_left_out(pool, tmp_path, capsys):
+    write_corpus(tmp_path)
+    text = tmp_path / "text.tsv"
+    head, *rows = [line.split("\t") for line in text.read_text().splitlines()]
+    held_out, rows = rows[:50], [[a, b, ""] if n % 2 else [a, "", c] for n, (a, b, c) in enumerate(rows[50:])]
+    text.write_text("".join("\t".join(row) + "\n" for row in (head, *rows)))
+    for column, code in enumerate(("eng_Latn", "deu_Latn", "fra_Latn")):
+        for split, lines in (("dev", held_out[:25]), ("devtest", held_out[25:])):
+            path = tmp_path / "flores" / split / f"{code}.{split}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line[column]}\n" for line in lines))
+    value = make_recipe(tmp_path, TARGET_TOP2, TARGET_TOP2).model_dump(mode="json", exclude_none=True)
+    value["data"]["corpora"].append({"path": str(tmp_path / "flores"), "format": "flores"})
+    value["data"] |= {"languages": ["en", "de", "fr"], "directions": ["en-de", "fr-en", "de-fr"]}
+    recipe = Recipe.model_validate(value)
+    data = prepare(recipe)
+    open_run(recipe, tmp_path / "run", data.folder / "vocabulary.model")
+    pool.run(1, train_and_save, recipe, tmp_path / "run", data.vocabulary.size, tensor=1, expert=1)
+    made = translate_corpus(tmp_path / "run", tmp_path / "out", Asked(limit=9), QUICK, 0)
+    assert "there is no training text to translate for de-fr\n" in capsys.readouterr().err
+    assert list(made["pairs"]) == ["en-de", "fr-en"]
+    with pytest.raises(
+        UserError, match=r"nothing to translate for de-fr: the training text in .* has no line"
+    ):
+        translate_corpus(tmp_path / "run", tmp_path / "none", Asked((Direction("de", "fr"),)), QUICK, 0)
 
 
 @pytest.mark.parametrize(
