@@ -34,6 +34,7 @@ from lsmoe_ds.data.prepared import open_data
 from lsmoe_ds.data.vocabulary import Vocabulary
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
+from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.importing import Asked
@@ -47,7 +48,7 @@ from lsmoe_ds.inference.engine import say_untrained
 from lsmoe_ds.inference.load import known_direction, load
 from lsmoe_ds.interrupt import Interrupted
 from lsmoe_ds.languages import nearest, normalize_code, table
-from lsmoe_ds.notices import notice
+from lsmoe_ds.notices import counted, notice
 
 WRITERS = {
     "consolidated": "lsmoe_ds.export.consolidated",
@@ -211,6 +212,10 @@ def convert(
     except Interrupted:
         notice(f"{out} is written whole, but was not compared with {run}")
         raise
+    task = TASKS[recipe.model.task]
+    if (compared := found.get(f"{task.item}s")) and not found[f"same_{task.results}"]:
+        what = f"0 of {counted(compared, task.item)} have the same {task.results} as in {run}"
+        notice(f"{what}: evaluate {out} before you use it")
     sizes = {"bytes": weight_bytes(files), "seconds": round(seconds, 3), "folder": str(out)}
     if to not in SERVED or any(recipe.model.moe_layers()):
         padded = {name: made[name] for name in ("padded_parameters",) if name in made}

@@ -43,6 +43,19 @@ def test_conversions_of_different_kinds_stand_side_by_side(run, tmp_path):
     assert json.loads((run / "conversions" / "dense-en-de.json").read_text()) == again
 
 
+def test_translations_that_all_differ_are_said(run, tmp_path, monkeypatch, capsys):
+    told = {"largest_logit_difference": 3.0, "same_translations": 0, "sentences": 2}
+    monkeypatch.setattr("lsmoe_ds.convert.command.check_agreement", lambda *arguments: told)
+    convert(run, "dense", EN_DE, tmp_path / "out")
+    said = (
+        f"lsmoe: 0 of 2 sentences have the same translations as in {run}: evaluate {tmp_path / 'out'} before"
+    )
+    assert said in capsys.readouterr().err
+    told["same_translations"] = 1
+    convert(run, "dense", EN_DE, tmp_path / "other")
+    assert "before you use it" not in capsys.readouterr().err
+
+
 def test_why_nothing_is_compared_is_said(run, tmp_path):
     assert not {"not_checked", "sentences"} & convert(run, "dense", EN_DE, tmp_path / "none", check=0).keys()
     prepared = run.parent / "data" / "prepared"
