@@ -57,7 +57,7 @@ def convert(
             "--direction",
             metavar="A-B",
             help=(
-                "The direction to take out, as in en-de; of an encoder that has tags of languages, a "
+                "The direction to extract, as in en-de; of an encoder that has tags of languages, a "
                 "language; peft: without it, each."
             ),
         ),
@@ -136,7 +136,7 @@ def convert(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take the sub-network of one direction out of a sparse model, or bring the whole model into another
+    """Extract the sub-network of one direction from a sparse model, or write the whole model in another
     form.
     """
     from lsmoe_ds.checkpoint.averages import read_average

@@ -78,8 +78,8 @@ def serve(
         typer.Option(metavar="ADDRESS", help="Believe X-Forwarded-For of this address, for --req-limit."),
     ] = None,
 ) -> None:
-    """Translate over HTTP, as LibreTranslate does, with a page at /. The sub-network of a direction is cut
-    out of a task-routed model when it is first asked for.
+    """Translate over HTTP, as LibreTranslate does, with a page at /. The sub-network of a direction is
+    extracted from a task-routed model when it is first requested.
     """
     from lsmoe_ds.serve.command import check_packages, half_of_memory
     from lsmoe_ds.serve.command import serve as serve_models

@@ -9,8 +9,8 @@ from lsmoe_ds.directions import Direction
 from lsmoe_ds.export.peft import BASE, HEADER, cells
 from lsmoe_ds.languages import tag
 
-WHAT = """A base and the matrices beside its linear layers, as LoRA adapters of `peft`, taken out of the model
-`{run}` with lsmoe_ds {version}: together they compute what that model computes {of}."""
+WHAT = """A base and the matrices beside its linear layers, as LoRA adapters of `peft`, extracted from the
+model `{run}` with lsmoe_ds {version}: together they compute what that model computes {of}."""
 SIZES = """
 `model.merge_and_unload()` makes a plain model of both. Sizes of the adapters, also in `sizes.json`:
 

@@ -33,17 +33,17 @@ begins with it by `training.start_from`."""
 GROWN = """The model `{grown_from}` with further experts, languages or matrices, made with lsmoe_ds {version}: a base for training, which
 begins with it by `training.start_from`."""
 WHOLE = "The whole model `{run}` as it was trained, written with lsmoe_ds {version}."
-HYBRID = """What the model `{run}` uses {of}, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+HYBRID = """What the model `{run}` uses {of}, extracted with lsmoe_ds {version}. Layers that choose their experts token by
 token or sentence by sentence keep them all; the others are dense. It computes what that model computes {of}."""
-PRUNED = """What of the model `{run}` this direction uses, taken out with lsmoe_ds {version}. Layers that choose their experts token by
+PRUNED = """What of the model `{run}` this direction uses, extracted with lsmoe_ds {version}. Layers that choose their experts token by
 token or sentence by sentence keep those that the direction's dev text uses most: it translates much as that model does, not exactly
 alike; the others are dense."""
 APPROXIMATE = """A dense Transformer made of the model `{run}` with lsmoe_ds {version}, in which {approximates}: it does not
 compute what that model computes, and is a start for training."""
-DENSE = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}: it
+DENSE = """A dense Transformer extracted from the model `{run}` with lsmoe_ds {version}: it
 computes what that model computes {of}."""
 FLOAT = "float32"
-ROUNDED = """A dense Transformer taken out of the model `{run}` with lsmoe_ds {version}, with weights rounded to
+ROUNDED = """A dense Transformer extracted from the model `{run}` with lsmoe_ds {version}, with weights rounded to
 {quantization}: it computes what that model computes {of}, but for the rounding, which changes some translations."""
 
 CARD = """---

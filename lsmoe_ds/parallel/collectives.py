@@ -84,7 +84,7 @@ class Traffic:
 
 @dataclass
 class _Message:
-    """One message to each rank; overlapped exchanges go on until :meth:`end` is called."""
+    """One message to each rank; overlapped exchanges last until :meth:`end` is called."""
 
     received: Tensor
     sent: Tensor | None  # the exchange reads it until it has ended

@@ -34,7 +34,9 @@ class Metrics:
         self._loaded = Gauge("lsmoe_models_loaded", "Engines in memory.", registry=to)
         self._bytes = Gauge("lsmoe_models_bytes", "Bytes of the engines in memory.", registry=to)
         self._loads = Counter("lsmoe_loads", "Engines loaded.", registry=to)
-        self._cuts = Counter("lsmoe_cuts", "Models cut out or converted: not in the cache.", registry=to)
+        self._cuts = Counter(
+            "lsmoe_cuts", "Models extracted or converted: the cache lacked them.", registry=to
+        )
         self._evictions = Counter("lsmoe_evictions", "Engines closed to make room.", registry=to)
 
     def answer(self, status: int, direction: str | None, seconds: float | None) -> None:

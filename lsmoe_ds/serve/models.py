@@ -47,9 +47,9 @@ class Served:
         """Describe in one line what is served, and how."""
         count = counted(len(self.directions), "direction")
         what = {
-            "cut": f"the sub-network of each of {count} is cut out when it is first asked for",
-            "convert": f"{count} in one dense model, converted when it is first asked for",
-            "whole": f"{count} in one model, loaded when it is first asked for",
+            "cut": f"the sub-network of each of {count} is extracted when it is first requested",
+            "convert": f"{count} in one dense model, converted when it is first requested",
+            "whole": f"{count} in one model, loaded when it is first requested",
         }
         return f"{self.name}, of {self.path}: {what[self.way]}; {self.engine}"
 

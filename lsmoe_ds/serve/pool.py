@@ -152,7 +152,7 @@ class Pool:
         self._metrics.load(ready.cut)
         self._count()
         made = (
-            "cut out and loaded"
+            "extracted and loaded"
             if ready.cut and direction
             else "converted and loaded"
             if ready.cut

@@ -260,7 +260,7 @@ class Comparison:
         ]
         about = (
             f"Parameters that are trained, that are loaded to serve all {unit}s by the row's route, and that "
-            f"serve one {unit} once methods are merged into their layers and experts of the task taken out. "
+            f"serve one {unit} once methods are merged into their layers and experts of the task extracted. "
             f"Tokens {'of both sides ' if self.task == 'translate' else ''}a second in training (median of a "
             "run), minutes of training, and how many seeds are scored." + spread
         )

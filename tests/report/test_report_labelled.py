@@ -43,7 +43,7 @@ def test_report_shows_what_was_scored(tmp_path, monkeypatch: pytest.MonkeyPatch)
     assert re.findall(r'<i style="width:([\d.]+)%">', table) == ["85.0", "75.6", "37.8", "66.1"]
     for expected in ("3 languages:", "F1, all languages", "70.0", "Occitan", "Samples", "B-PER O O"):
         assert expected in page.text, expected
-    scores = page.text.partition("Scores by language")[2].partition("Models taken out")[0]
+    scores = page.text.partition("Scores by language")[2].partition("Models extracted")[0]
     for other in ("BLEU", "chrF", "opying", "irection", "beam", "→", "translation", "de-de"):
         assert other not in scores, other
     assert "the model is not a translator yet" not in page.text
