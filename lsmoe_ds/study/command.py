@@ -353,6 +353,11 @@ class Runs:
             costs={row: self.costs(*row) for row in study.rows()},
             scores=scores,
             task=study.recipes[settings.baseline].model.task,
+            teachers={
+                name: (member.distill.of, settings.members[member.distill.of].routes[0])
+                for name, member in settings.members.items()
+                if member.distill is not None
+            },
         )
 
     def write_tables(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lsmoe_ds.config.host import Task
@@ -24,10 +25,12 @@ def compare(
     task: Task = "translate",
     stops_early: bool = False,
     wanted: Mapping[str, Sequence[int]] | None = None,
+    teachers: Mapping[str, tuple[str, str]] | None = None,
 ) -> Comparison:
     """Compare the rows (member, route) of ``titles`` with the row ``baseline``; scores may be missing.
 
-    ``wanted`` has the seeds of each member, by default all.
+    ``wanted`` has the seeds of each member, by default all; ``teachers`` the rows from which members are
+    distilled.
     """
     main = TASKS[task].main
     against = scores.get(baseline, {})
@@ -67,6 +70,12 @@ def compare(
                 tuple(seed for seed in (wanted or {}).get(key[0], seeds) if seed not in tables),
             )
         )
+    gains_of = {(row.member, row.route): row.gain_by_seed for row in rows if not row.is_baseline}
+    for number, row in enumerate(rows):
+        taught = gains_of.get((teachers or {}).get(row.member, ("", "")), {})
+        both = row.gain_by_seed.keys() & taught.keys()
+        if (whole := sum(taught[seed] for seed in both)) > 0:
+            rows[number] = replace(row, kept_of_teacher=sum(row.gain_by_seed[seed] for seed in both) / whole)
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     averages = any_table.averages() if any_table else {}
     copy = {group: average.copy for group, average in averages.items() if average.copy is not None}

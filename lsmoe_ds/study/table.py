@@ -72,7 +72,8 @@ class Row:
     ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
     ``beyond_seeds`` is true if the gain exceeds the variation between seeds: every seed of the row scores
     above every seed of the baseline, or every seed below. It is None for the baseline itself, and if either
-    has fewer than two seeds.
+    has fewer than two seeds. ``kept_of_teacher`` is the gain of a student divided by its teacher's, over
+    the seeds of both; None if the teacher has none to keep.
     """
 
     member: str
@@ -89,6 +90,7 @@ class Row:
     beyond_seeds: bool | None = None
     is_baseline: bool = False
     missing_seeds: tuple[int, ...] = ()
+    kept_of_teacher: float | None = None
 
     @property
     def certainty(self) -> str:
@@ -276,16 +278,18 @@ class Comparison:
         titles = [self.scoring.averages[group] for group in groups]
         names = [title[0].upper() + title[1:] for title in titles]
         with_ratio = metric == self.scoring.main
+        kept = {
+            row.title: f"{row.kept_of_teacher:.0%}" for row in self.rows if row.kept_of_teacher is not None
+        }
+        columns = ["Win ratio", "Difference", *(["Kept of its teacher's gain"] if kept else [])]
         rows = []
         for row in self.rows:
             cells = [_cell(row.groups.get(group, {}).get(metric)) for group in groups]
-            rows.append(
-                [row.title, *cells, *([self._ratio(row), row.certainty or "–"] if with_ratio else [])]
-            )
+            against = [self._ratio(row), row.certainty or "–", kept.get(row.title, "–")][: len(columns)]
+            rows.append([row.title, *cells, *(against if with_ratio else [])])
         if self.copy:
-            rows.append(
-                ["Copying the source", *self._copied(groups, metric), *(["–", "–"] if with_ratio else [])]
-            )
+            none = ["–"] * len(columns)
+            rows.append(["Copying the source", *self._copied(groups, metric), *(none if with_ratio else [])])
         about = f"Means over the {unit}s of a group.{spread}"
         if with_ratio:
             about += (
@@ -295,7 +299,7 @@ class Comparison:
         return Grid(
             self.scoring.titles[metric],
             about,
-            ["Model", *names, *(["Win ratio", "Difference"] if with_ratio else [])],
+            ["Model", *names, *(columns if with_ratio else [])],
             rows,
         )
 

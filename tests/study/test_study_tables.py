@@ -89,6 +89,33 @@ def test_means_spreads_gains_and_win_ratio():
     assert shared.win_ratio is None and shared.gain is None and shared.groups == {} and shared.seeds == ()
 
 
+def test_how_much_of_its_teachers_gain_a_student_keeps():
+    tables = {
+        NAIVE: SCORES[NAIVE],
+        LMS: SCORES[LMS],
+        SHARED: {2: scored(en_de=20, de_en=30, en_fr=16, fr_en=21)},
+    }
+
+    def compared(tables):
+        teachers = {"lms": NAIVE, "x": LMS}
+        titles = {NAIVE: "Naive", LMS: "LMS", ("x", "specific"): "Student"}
+        costs = dict.fromkeys(titles, Costs(1, 1, 1))
+        scores = {NAIVE: tables[NAIVE], LMS: tables[LMS], ("x", "specific"): tables[SHARED]}
+        return compare("x", 1, [1, 2], {}, NAIVE, titles, costs, scores, teachers=teachers)
+
+    found = compared(tables)
+    # With seed 2, which both have, the student gains 0.5 and its teacher 2.75.
+    assert found.rows[2].kept_of_teacher == pytest.approx(0.5 / 2.75)
+    assert found.rows[1].kept_of_teacher is None, "the baseline has no gain to keep"
+    grid = next(grid for grid in found.grids() if grid.title == "chrF++")
+    assert grid.columns[-1] == "Kept of its teacher's gain"
+    assert [row[-1] for row in grid.rows] == ["–", "–", "18%", "–"]
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    worse = compared(tables | {LMS: {2: scored(en_de=1, de_en=2, en_fr=3, fr_en=4)}})
+    assert worse.rows[2].kept_of_teacher is None, "nor has a teacher that is worse"
+    assert all("Kept" not in column for grid in worse.grids() for column in grid.columns)
+
+
 def test_an_upper_bound_is_called_so():
     found = comparison_of(SCORES)
     first, second = found.rows[:2]
