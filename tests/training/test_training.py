@@ -85,6 +85,17 @@ def check_interrupted(pool, recipe, run: Path, world: int, sizes: dict[str, int]
     assert list(dev) == [3, 6] and dev[6] < dev[3]
 
 
+def test_the_rate_of_each_step_is_that_of_the_schedule(pool, folder):
+    """Also after resuming."""
+    recipe, run = recipe_in(folder, steps=6), folder / "run-linear"
+    recipe.training.schedule, recipe.training.log_every = "linear", 1
+    pool.run(1, loop, recipe, run, 5, KeyboardInterrupt())
+    pool.run(1, loop, recipe, run)
+    found = {line["step"]: line["learning_rate"] for line in records(run) if "learning_rate" in line}
+    peak = recipe.training.learning_rate  # of the first step
+    assert found == pytest.approx({step: peak * (7 - step) / 6 for step in range(1, 7)})
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_used(pool, folder):
     recipe, run = recipe_in(folder, steps=9), folder / "run-damaged"
     pool.run(1, loop, recipe, run)
