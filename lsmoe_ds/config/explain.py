@@ -22,7 +22,7 @@ from lsmoe_ds.languages import nearest
 
 At = tuple[str, ...]
 LONGEST = 60  # characters of a value that is shown
-LISTED = 350  # characters of a list of allowed keys, if one of them is suggested
+LISTED = 350  # characters of a list of keys, of which the rest is left out
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ def explain(
         known = allowed_keys(at[:-1], section)
         guess = nearest(at[-1], known)
         more = f"; methods of your own are found by {VARIABLE}" if at[:-1] == ("model",) and not guess else ""
-        allowed = ", ".join(known)
-        if guess and len(allowed) > LISTED:
-            allowed = f"{allowed[:LISTED].rpartition(', ')[0]}, ..."
+        allowed = _shorten(known) if guess else ", ".join(known)
         return f"{where}: unknown key {name(at)}{guess}; allowed here: {allowed}{more}"
     annotation = _annotation(at, section)
     if first["type"] == "missing":
@@ -104,7 +102,7 @@ def explain(
         )
         return (
             f"{where}: {name(at)} is empty: write its keys below it "
-            f"({', '.join(wanted.model_fields)}){left_out}"
+            f"({_shorten(wanted.model_fields)}){left_out}"
         )
     return (
         f"{where}: {name(at) if at else 'it'} "
@@ -276,6 +274,12 @@ def _choices(annotation: Any) -> list[str]:
     ]
 
 
+def _shorten(keys: Iterable[str]) -> str:
+    """List keys, or the first of them if there are many."""
+    text = ", ".join(keys)
+    return text if len(text) <= LISTED else f"{text[:LISTED].rpartition(', ')[0]}, ..."
+
+
 def _one_of(choices: Sequence[str]) -> str:
     return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]
 
@@ -298,7 +302,7 @@ def expected(annotation: Any, plural: bool = False) -> str:
             words.append(f"{'mappings' if plural else 'a mapping'}{items}")
         elif section := is_section(member):
             words.append(
-                f"{'mappings' if plural else 'a mapping'} with the keys {', '.join(section.model_fields)}"
+                f"{'mappings' if plural else 'a mapping'} with the keys {_shorten(section.model_fields)}"
             )
         else:
             words.append((PLURAL if plural else SINGULAR).get(member, "a value"))
