@@ -21,6 +21,7 @@ from lsmoe_ds.parallel.layers import column_linear, row_linear
 from lsmoe_ds.parallel.topology import Topology
 
 Cache = tuple[Tensor, Tensor]  # keys and values, each [B, A, T, D]
+ROOM = 8  # further positions for which a growing cache has room: few, since beam search copies them, too
 Mask = Tensor | Packing  # which keys there are: true where one is [B, 1, 1, M], or the packing of their rows
 
 
@@ -100,6 +101,34 @@ class Attention(Linears):
         return self.linear("output", mixed.transpose(1, 2).flatten(2), context)
 
 
-def extend(cache: Cache | None, new: Cache) -> Cache:
-    """Return a cache with the keys and values of further positions appended."""
-    return new if cache is None else (torch.cat([cache[0], new[0]], 2), torch.cat([cache[1], new[1]], 2))
+class GrowingCache:
+    """The keys and values of the target's positions so far, with room for more.
+
+    Appending copies only the new positions, except when the room is used up.
+    """
+
+    def __init__(self, first: Cache) -> None:
+        self._parts, self._length = list(first), first[0].shape[2]  # [B, A, C, D] each, C >= length
+
+    @property
+    def filled(self) -> Cache:
+        """Return the keys and values of the positions so far, as views."""
+        keys, values = (part[:, :, : self._length] for part in self._parts)
+        return keys, values
+
+    def append(self, new: Cache) -> None:
+        """Add the keys and values of further positions."""
+        begin, self._length = self._length, self._length + new[0].shape[2]
+        for i, part in enumerate(new):
+            if self._length > self._parts[i].shape[2]:
+                batch, heads, _, size = part.shape
+                larger = part.new_empty(batch, heads, self._length + ROOM, size)
+                larger[:, :, :begin] = self._parts[i][:, :, :begin]
+                self._parts[i] = larger
+            self._parts[i][:, :, begin : self._length] = part
+
+    def select(self, rows: Tensor) -> GrowingCache:
+        """Return a copy that has these rows of the batch, in this order."""
+        chosen = GrowingCache((self._parts[0].index_select(0, rows), self._parts[1].index_select(0, rows)))
+        chosen._length = self._length
+        return chosen

@@ -24,7 +24,7 @@ from lsmoe_ds.methods.context import LanguageContext, Notes, Route
 from lsmoe_ds.methods.objective import Objective
 from lsmoe_ds.methods.packing import Packing
 from lsmoe_ds.methods.sites import LayerSite, Linears, Site, SublayerSite, UnitsSite, WithSublayers
-from lsmoe_ds.model.attention import Attention, Cache, Mask, extend
+from lsmoe_ds.model.attention import Attention, Cache, GrowingCache, Mask
 from lsmoe_ds.model.base import Losses, Model
 from lsmoe_ds.model.embedding import Embedding
 from lsmoe_ds.model.feed_forward import FeedForward
@@ -45,7 +45,7 @@ class DecoderState:
     cross: list[Cache]  # for each layer, keys and values of the source
     mask: Mask  # [B, 1, 1, M], true where the source is real
     context: LanguageContext
-    own: list[Cache | None] = field(default_factory=list)  # for each layer, those of the target so far
+    own: list[GrowingCache | None] = field(default_factory=list)  # for each layer, those of the target so far
     length: int = 0  # target positions so far
 
     def select(self, sentences: Tensor | None, hypotheses: Tensor | None = None) -> DecoderState:
@@ -62,7 +62,7 @@ class DecoderState:
         assert isinstance(self.mask, Tensor), "only training packs"
         cross = self.cross if sentences is None else [of(cache, sentences) for cache in self.cross]
         mask = self.mask if sentences is None else self.mask[sentences]
-        own = [None if cache is None else of(cache, rows) for cache in self.own]
+        own = [None if cache is None else cache.select(rows) for cache in self.own]
         return DecoderState(cross, mask, self.context.select(rows), own, self.length)
 
 
@@ -118,17 +118,20 @@ class Layer(WithSublayers):
         causal: bool = False,
         cross: Cache | None = None,
         cross_mask: Mask | None = None,
-        past: Cache | None = None,
-    ) -> tuple[Tensor, Cache]:
+        past: GrowingCache | None = None,
+    ) -> tuple[Tensor, GrowingCache]:
         """Apply the layer, x [B, T, H] -> [B, T, H]; also return the keys and values of all positions so far.
 
         ``real`` [B, T] is true at real tokens. ``cross`` holds the source's keys and values, ``past`` those
-        of the earlier positions.
+        of the earlier positions, to which the new ones are appended.
         """
         normed = self.attention_norm(x)
         query, new = self.attention.project_qkv(normed, context)
-        cache = extend(past, new)
-        y = self.attention(query, cache, context, own_mask, causal)
+        if past is None:
+            past = GrowingCache(new)
+        else:
+            past.append(new)
+        y = self.attention(query, past.filled, context, own_mask, causal)
         y = self.follow("attention", y, normed, real, context)
         x = x + self._drop(y)
         if self.cross_attention is not None:
@@ -143,7 +146,7 @@ class Layer(WithSublayers):
         normed = self.feed_forward_norm(x)
         y = self.feed_forward(normed, real, context) if self.is_moe else self.feed_forward(normed, context)
         x = x + self._drop(self.follow("feed_forward", y, normed, real, context))
-        return self.finish(x, context), cache
+        return self.finish(x, context), past
 
     def sites(self, side: SideName, number: int) -> Iterator[Site]:
         """Yield the sublayers, each with its linear layers and hidden units, then the layer; no experts."""
@@ -194,10 +197,10 @@ class Transformer(Model):
 
     def _apply_layer(
         self, layer: nn.Module, x: Tensor, real: Tensor, context: LanguageContext, **options: Any
-    ) -> tuple[Tensor, Cache | None]:
+    ) -> tuple[Tensor, GrowingCache | None]:
         """Apply a layer. With activation checkpointing only its input is kept, without keys and values."""
         if not (self.recomputes and self.training and torch.is_grad_enabled()):
-            found: tuple[Tensor, Cache | None] = layer(x, real, context, **options)
+            found: tuple[Tensor, GrowingCache | None] = layer(x, real, context, **options)
             return found
         again = [context.replay(), compat.replay_tensor_parallel_random(self.topology.tensor)]
         return recompute(lambda x: as_a_whole(layer(x, real, context, **options)[0]), again, x), None
