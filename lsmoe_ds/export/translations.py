@@ -116,8 +116,8 @@ def translate_corpus(
 
     ``processes`` is the number of workers; 0 means this process. The default is 0 on a GPU, and otherwise one
     for each core. While another process writes the same corpus, this one helps it. An interrupted translation
-    resumes. Raises UserError if the model lacks a direction, nothing is to translate, or the folder holds
-    something else.
+    resumes. Raises UserError if the model lacks a direction, if there is nothing to translate, or if another
+    thing is in the folder.
     """
     out = Path(out)
     asked.check(how)
