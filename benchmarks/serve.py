@@ -16,9 +16,10 @@ encoding included, greedily. The best batch size counts. Three figures of memory
 alone, once the model is loaded, and at most. Weights are random, routers are balanced as in `decode.py`, and
 files are in the system's cache. The processes take turns; medians count.
 
-    python benchmarks/serve.py --run RUN --direction en-de
+    python benchmarks/serve.py --run RUN [RUN ...] --direction en-de
 
-measures a run of your own in the same way: whole, and as the dense model of a direction in each form.
+measures your own runs in the same way: whole, and what serves the direction. That is its dense model in each
+form, or in torch what is left of a model that is routed by token.
 """
 
 from __future__ import annotations
@@ -221,6 +222,9 @@ def forms_of(run: Path, direction: Direction, folder: Path) -> dict[str, Path]:
     """Convert a run into all forms that serve a direction."""
     from lsmoe_ds.convert.command import convert
 
+    if any(not moe.by_task for _, _, moe in find_model(run).recipe.model.moe_layers()):
+        convert(run, "hybrid", direction, folder / "hybrid-torch", check=0)
+        return {"whole, torch": run, "hybrid, torch": folder / "hybrid-torch"}
     convert(run, "dense", direction, folder / "dense-torch", check=0)
     if installed("transformers"):
         convert(run, "huggingface", direction, folder / "dense-transformers", check=0)
@@ -235,8 +239,8 @@ def main() -> None:
     parser = argument_parser(__doc__, rounds=3)
     about = "of each sparse layer (default: 32 128)"
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 128], metavar="E", help=about)
-    about = "measure this run instead, whole and as the dense model of --direction"
-    parser.add_argument("--run", type=Path, help=about)
+    about = "measure these runs instead, whole and as what serves --direction"
+    parser.add_argument("--run", type=Path, nargs="+", help=about)
     parser.add_argument(
         "--direction", type=Direction.parse, default=EN_DE, metavar="A-B", help="en-de by default"
     )
@@ -255,9 +259,12 @@ def main() -> None:
     result: dict[str, Any] = {"rounds": rounds, "output tokens": decode.TOKENS}
     if arguments.run is not None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-            forms = forms_of(arguments.run, direction, Path(temporary))
-            result |= {"run": arguments.run.name, "direction": str(direction)}
-            result["models"] = measure_all(forms, direction, rounds)
+            forms = {
+                f"{run.name}: {form}": at
+                for run in arguments.run
+                for form, at in forms_of(run, direction, Path(temporary, run.name)).items()
+            }
+            result |= {"direction": str(direction), "models": measure_all(forms, direction, rounds)}
         return write(result, arguments.out)
     result["experts"] = {}
     for experts in arguments.experts:
