@@ -40,7 +40,7 @@ from lsmoe_ds.inference.translate import translate_lines
 from lsmoe_ds.languages import UNK
 from lsmoe_ds.notices import notice
 
-CHUNK = 256  # lines of a task
+CHUNK = 1024  # lines of a task
 LINES, TEXT = "lines.txt", "text"  # translations in a task's folder; sources in the work folder
 ADDED = {"temperature": None, "top_k": None, "seed": None, "n_best": 1}  # fields of :class:`How`
 

@@ -13,7 +13,7 @@ from lsmoe_ds.inference.engine import Engine, own_direction
 from lsmoe_ds.inference.stream import in_chunks, telling
 from lsmoe_ds.languages import script
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 10240  # of a batch, in all its hypotheses
 LOGITS = 2**26  # limit of one step of a batch: 256 MiB
 
 # Where a line that is too long is cut, best places first: after sentences, after clauses, between words.
@@ -123,9 +123,10 @@ def translate_tokens(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[int], None] = lambda sources: None,
 ) -> list[list[Hypothesis]]:
-    """Translate N token sequences (without tag and EOS), in batches of like length with at most
-    ``batch_tokens`` padded source tokens: at most ``search.n_best`` hypotheses of each, best first.
+    """Translate N token sequences (without tag and EOS), in batches of like length: at most ``search.n_best``
+    hypotheses of each, best first.
 
+    A batch has at most ``batch_tokens`` padded source tokens, counted once for each hypothesis of the beam.
     ``advance`` is called with the number of sequences of each batch when it is done.
     """
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
@@ -137,7 +138,7 @@ def translate_tokens(
         while (
             end < len(order)
             and end - start < rows
-            and (len(sources[order[end]]) + 2) * (end + 1 - start) <= batch_tokens
+            and (len(sources[order[end]]) + 2) * (end + 1 - start) * search.beam <= batch_tokens
         ):
             end += 1
         hypotheses = engine.search([sources[i] for i in order[start:end]], direction, search)

@@ -282,8 +282,8 @@ class Experts(nn.Module):
         return out
 
     def _one_by_one(self, experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        idle = self.training and self.run_idle and trained
+        # The parameters come last: in decoding, to go through those of 128 experts takes longer than to compute.
+        idle = self.training and self.run_idle and any(each.requires_grad for each in self.parameters())
         parts = rows.split(assignment.counts())
         outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if idle or len(part)]
         return torch.cat(outputs) if outputs else rows

@@ -16,7 +16,7 @@ from lsmoe_ds.checkpoint.reading import read_checkpoint
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.prepare import prepare
 
-STEPS, RATIO = 20, 0.6
+STEPS, RATIO = 12, 0.6
 DATA = (1, 1, 2, 2)  # tensor, expert, world, ZeRO stage
 LOW_RANK = {"rank": {"de": 2, "en": 1, "fr": 3}, "index": "learned", "at": ["0"]}  # of each side
 
@@ -24,9 +24,10 @@ LOW_RANK = {"rank": {"de": 2, "en": 1, "fr": 3}, "index": "learned", "at": ["0"]
 def recipe_in(folder, layout, steps: int = STEPS, bf16: bool = False, **prune) -> Recipe:
     tensor, _, _, stage = layout
     value = make_recipe(folder, None, None, tensor=tensor, stage=stage, bf16=bf16).model_dump(mode="json")
-    prune = {"ratio": RATIO, "start": 2, "length": 14, "over": "layer", "matrices": "both", **prune}
+    prune = {"ratio": RATIO, "start": 2, "length": 7, "over": "layer", "matrices": "both", **prune}
     value["model"]["low_rank"] = {**LOW_RANK, "prune": prune}
-    value["training"] |= {"steps": steps, "checkpoint_every": 10, "log_every": 1, "max_grad_norm": 1.0}
+    value["data"]["batch"] |= {"count": 2}
+    value["training"] |= {"steps": steps, "checkpoint_every": 6, "log_every": 1, "max_grad_norm": 1.0}
     value["training"] |= {"learning_rate": 0.01}
     return Recipe.model_validate(value)
 
@@ -56,7 +57,7 @@ def run_of(pool, folder):
 
 @pytest.mark.parametrize(("layout", "bf16"), [(ONE, False), (DATA, True), (TENSOR, False), (TENSOR, True)])
 def test_pruned_values_are_zero_for_the_weights_and_the_optimizer(run_of, layout, bf16):
-    found = pruned_of(run_of(layout, bf16=bf16) / "checkpoints" / "step-20")
+    found = pruned_of(run_of(layout, bf16=bf16) / "checkpoints" / f"step-{STEPS}")
     assert len(found) == 2 * 2 * (6 + 10)  # matrices, halves, linear layers
     total = pruned = 0
     for name, (mask, values) in found.items():
@@ -68,7 +69,7 @@ def test_pruned_values_are_zero_for_the_weights_and_the_optimizer(run_of, layout
 
 
 def test_a_checkpoint_holds_what_is_left(run_of):
-    checkpoint = run_of(ONE) / "checkpoints" / "step-20"
+    checkpoint = run_of(ONE) / "checkpoints" / f"step-{STEPS}"
     (path,) = checkpoint.glob("mp_rank_*_model_states.pt")
     stored = torch.load(path, weights_only=True)["module"]
     packed = [name for name, value in stored.items() if isinstance(value, dict) and "values" in value]
@@ -81,7 +82,7 @@ def test_a_checkpoint_holds_what_is_left(run_of):
 @pytest.mark.parametrize("over", ["matrix", "language", "layer"])
 def test_each_group_is_pruned_to_the_ratio(run_of, folder, over):
     recipe = recipe_in(folder, ONE)
-    found = pruned_of(run_of(ONE, over=over) / "checkpoints" / "step-20")
+    found = pruned_of(run_of(ONE, over=over) / "checkpoints" / f"step-{STEPS}")
     from lsmoe_ds.methods.low_rank.bank import rows_of
 
     rows = dict(zip(recipe.languages.codes, rows_of(recipe.model.low_rank, recipe.languages), strict=True))
@@ -98,7 +99,7 @@ def test_each_group_is_pruned_to_the_ratio(run_of, folder, over):
 
 def test_languages_that_are_not_chosen_stay_whole(run_of, folder):
     recipe = recipe_in(folder, ONE)
-    found = pruned_of(run_of(ONE, languages=["fr"], matrices="vertical") / "checkpoints" / "step-20")
+    found = pruned_of(run_of(ONE, languages=["fr"], matrices="vertical") / "checkpoints" / f"step-{STEPS}")
     for name, (mask, _) in found.items():
         assert name.endswith("vertical")
         assert mask[:3].all() and int((~mask[3:]).sum()) > 0, "de has two rows, en one, fr the last three"
@@ -106,17 +107,17 @@ def test_languages_that_are_not_chosen_stay_whole(run_of, folder):
 
 
 def half_of(run, to) -> None:
-    """Copy a run as it was after ten steps."""
+    """Copy a run as it was after half of its steps."""
     shutil.copytree(run, to)
-    shutil.rmtree(to / "checkpoints" / "step-20")
+    shutil.rmtree(to / "checkpoints" / f"step-{STEPS}")
 
 
 def test_a_training_resumes_in_the_middle_of_the_schedule_to_the_bit(pool, folder, run_of, tmp_path):
     half_of(run_of(ONE), tmp_path / "run")
     train(pool, recipe_in(folder, ONE), tmp_path / "run", ONE)
     assert losses(tmp_path / "run") == losses(run_of(ONE))
-    whole = pruned_of(run_of(ONE) / "checkpoints" / "step-20")
-    for name, (mask, values) in pruned_of(tmp_path / "run" / "checkpoints" / "step-20").items():
+    whole = pruned_of(run_of(ONE) / "checkpoints" / f"step-{STEPS}")
+    for name, (mask, values) in pruned_of(tmp_path / "run" / "checkpoints" / f"step-{STEPS}").items():
         wanted, others = whole[name]
         assert torch.equal(mask, wanted), name
         assert all(torch.equal(value, others[key]) for key, value in values.items()), name
