@@ -82,9 +82,10 @@ def write(result: dict[str, Any], out: Path | None) -> None:
 
 
 def in_processes(script: str, options: list[str], world: int) -> dict[str, Any]:
-    """Runs a benchmark's part on ``world`` processes that share the cores, more than one through the
-    deepspeed launcher. ``--part FILE`` tells the script where its
-    main rank writes its result, as JSON.
+    """Run a benchmark's part on ``world`` processes that share the cores and return its result.
+
+    More than one process is started through the deepspeed launcher. ``--part FILE`` tells the script where
+    its main rank writes its result, as JSON.
     """
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")

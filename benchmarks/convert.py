@@ -51,7 +51,7 @@ def recipe_of(experts: int, routing: str) -> Recipe:
 
 
 def make_run(run: Path, recipe: Recipe) -> int:
-    """Writes the run; returns the number of its parameters."""
+    """Write a run with random weights and return the number of its parameters."""
     checkpoint = run / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
     (run / "recipe.yaml").write_text(recipe.to_yaml())

@@ -96,7 +96,7 @@ def build(recipe: Recipe, topology: Topology) -> Transformer:
 
 
 def balance(routers: list[nn.Module], weights: list[nn.Parameter], run: Callable[[], object]) -> None:
-    """Takes the mean of what each router reads in ``run`` out of its weight [E, H]."""
+    """Project the mean of what each router reads in ``run`` out of its weight [E, H]."""
     seen: dict[int, list[Tensor]] = {}
     hooks = [
         router.register_forward_pre_hook(

@@ -74,7 +74,7 @@ def moe(
 
 
 def of_languages(task: str) -> dict[str, Any]:
-    """A feed-forward for each language in every layer, and one that all share."""
+    """Return ``moe`` settings: in every layer a feed-forward for each language and one that all share."""
     return {
         "experts": 9,
         "every": 1,
@@ -155,7 +155,10 @@ def lsmoe(*arguments: str) -> None:
 
 
 def train(name: str, steps: int, work: Path) -> Path:
-    """A trained run; one that was begun goes on."""
+    """Train the named model for ``steps`` steps and return the folder of its run.
+
+    A run that was begun is continued.
+    """
     work.mkdir(parents=True, exist_ok=True)
     start = begin(steps, work) if name in STARTED else None
     recipe, run = recipe_of(MODELS[name][1], steps, start), work / "runs" / name
@@ -175,7 +178,7 @@ def train(name: str, steps: int, work: Path) -> Path:
 
 
 def begin(steps: int, work: Path) -> Path:
-    """The dense model, as a folder to start from."""
+    """Train the dense model and return it as a folder to start from."""
     run, start = train("dense", steps, work), work / "start"
     if not start.exists():
         lsmoe("convert", str(run), "--as", "consolidated", "--out", str(start), "--check", "0")
@@ -195,7 +198,10 @@ def tune(recipe: Recipe, start: Path | None, steps: int, work: Path) -> None:
 
 
 def converted(run: Path, direction: Direction, route: str, folder: Path) -> dict[str, Engine]:
-    """What the run is converted to, by name of the column, as whoever uses it loads it."""
+    """Convert the run to each form and return the engines by column name.
+
+    Each form is loaded as its users load it.
+    """
     engines: dict[str, Engine] = {}
     for name in ("dense", "huggingface", "ctranslate2 float32", "ctranslate2 int8"):
         kind, *quantization = name.split()

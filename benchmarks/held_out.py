@@ -29,14 +29,14 @@ HERE = Path(__file__).resolve()
 
 
 def words_of(code: str) -> list[str]:
-    """The made-up words of a language: word n of any language translates as word n of any other."""
+    """Return the made-up words of a language: word n of any language translates as word n of any other."""
     chance = random.Random(code)
     letters = chance.sample("abcdefghijklmnopqrstuvwxyz", 14)
     return ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(WORDS)]
 
 
 def write_corpus(folder: Path, pairs: int) -> list[str]:
-    """Writes one table for each bitext; returns the codes of the languages."""
+    """Write one table for each bitext and return the codes of the languages."""
     from lsmoe_ds.languages import table
 
     codes = [code for code in sorted(table()) if code != "en" and "_" not in code][:LANGUAGES]
@@ -82,7 +82,7 @@ def _sentences(store: Any) -> list[bytes]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Prepares the text in the folder, in this process."""
+    """Prepare the text in the folder, in this process, and return what was measured."""
     from lsmoe_ds.config.recipe import Recipe
     from lsmoe_ds.data import prepare as module
 

@@ -81,7 +81,7 @@ def formed(self: LowRankBank, base: nn.Linear, x: Tensor, context: LanguageConte
 def contestant(
     recipe: Recipe, batches: list[PairBatch], topology: Topology, forward: Any = None
 ) -> tuple[Callable[[], None], int]:
-    """A step over all batches, and the number of parameters."""
+    """Return a function that trains one step on all batches, and the number of parameters."""
     recipe.data.batch.count = len(batches)
     engine = build_engine(recipe, VOCABULARY, topology)
     for module in engine.module.modules():

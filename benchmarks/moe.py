@@ -118,8 +118,9 @@ def deepspeeds(x: Tensor, **options: Any) -> Callable[[], object]:
 
 
 def products_alone(way: str) -> Callable[[], object]:
-    """The products of a feed-forward over as many rows for each expert, and of the gradients: "grouped",
-    "batched", or "one by one".
+    """Return a function that computes only the products of the experts' feed-forwards and of their gradients.
+
+    Each expert has equally many rows. ``way`` is "grouped", "batched", or "one by one".
     """
     rows, each = SENTENCES * LENGTH * TOP_K, SENTENCES * LENGTH * TOP_K // EXPERTS
     ends = torch.arange(each, rows + 1, each, dtype=torch.int32, device=DEVICE)

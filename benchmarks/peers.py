@@ -210,7 +210,7 @@ class CTranslate2:
 
 
 def _shape(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
-    """What Marian, M2M-100 and NLLB-MoE call the sizes of a recipe."""
+    """Return the sizes of a recipe under the names that Marian, M2M-100 and NLLB-MoE give them."""
     model, dropout = recipe.model, recipe.training.dropout
     sides = {"encoder": model.encoder, "decoder": model.decoder}
     shape = {
@@ -359,7 +359,10 @@ class JoeyNMT(nn.Module):
 
 
 def training(model: nn.Module, recipe: Recipe, batches: list[PairBatch]) -> Callable[[], None]:
-    """Steps over the batches without an engine, as everybody's loop: loss, backward, clip, fused AdamW."""
+    """Return a function that trains one step on each batch, without an engine.
+
+    The loop is the usual one: loss, backward, clip, fused AdamW.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
     )

@@ -32,7 +32,7 @@ POLL, ROUND = 0.5, 20  # seconds between two looks, and looks between two notes
 
 
 def words_of(seed: int) -> list[str]:
-    """The made-up words of a language: word n of one translates as word n of the other."""
+    """Return the made-up words of a language: word n of one translates as word n of the other."""
     chance = np.random.default_rng(seed)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyzéä"))
     return ["".join(chance.choice(letters, size)) for size in chance.integers(2, 9, WORDS)]

@@ -15,6 +15,7 @@ from lsmoe_ds.errors import UserError
 
 
 def plan(
+    context: typer.Context,
     recipe: RecipeFile,
     overrides: Overrides = None,
     world: Annotated[
@@ -56,8 +57,10 @@ def plan(
         raise UserError("--fit and --gpus go together: lsmoe plan RECIPE --fit --gpus 64")
     if fit and world is not None:
         raise UserError("--world is for a plan of the recipe's own layout: leave it out with --fit")
-    if out is not None and not fit:
-        raise UserError("--out is for the recipe that --fit finds: give both or none")
+    for option in () if fit else ("device", "memory", "node", "network", "efficiency", "out"):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{option} is for --fit: give both or none")
     if out is not None and out.exists():
         raise UserError(f"{out} exists: name a file that does not")
     loaded = open_recipe(recipe, overrides or ())

@@ -29,7 +29,7 @@ SAMPLE = "Delete this page\nThe user account has been created.\n\nPlease enter a
 
 
 def lsmoe(*arguments: str, text: str | None = None) -> str:
-    """Runs a command in the demo's folder, showing it; returns what it printed."""
+    """Run a command in the demo's folder, show it, and return what it printed."""
     print(f"\n$ lsmoe {' '.join(arguments)}", flush=True)
     command = [str(Path(sys.executable).with_name("lsmoe")), *arguments]
     done = subprocess.run(command, cwd=WORK, input=text, stdout=subprocess.PIPE, text=True)
@@ -40,7 +40,7 @@ def lsmoe(*arguments: str, text: str | None = None) -> str:
 
 
 def timed(part: str, *arguments: str, done: bool = False) -> None:
-    """Runs a part unless it is done; its seconds are added to those of earlier, interrupted attempts."""
+    """Run a part of the demo unless it is done; add its seconds to those of earlier, interrupted attempts."""
     if done:
         return
     begun = time.perf_counter()

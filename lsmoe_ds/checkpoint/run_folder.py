@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +287,16 @@ def to_remove(checkpoints: list[Path], keep: int, best: int, by_chrf: bool = Fal
     The best have the lowest dev loss, or the highest chrF; checkpoints without one never count as best.
     ``checkpoints`` are those of a run, oldest first.
     """
+    kept = {*checkpoints[-keep:], *(path for _, path in best_first(checkpoints, by_chrf)[:best])}
+    return [path for path in checkpoints if path not in kept]
+
+
+def best_first(checkpoints: Iterable[Path], by_chrf: bool = False) -> list[tuple[float, Path]]:
+    """List the checkpoints that have a dev loss, or a chrF, best first, each after that value."""
     key, sign = (CHRF, -1) if by_chrf else ("dev_loss", 1)
     found = {path: (read_json(path / "state.json") or {}).get(key) for path in checkpoints}
     scored = sorted((sign * value, path) for path, value in found.items() if isinstance(value, float | int))
-    kept = {*checkpoints[-keep:], *(path for _, path in scored[:best])}
-    return [path for path in checkpoints if path not in kept]
+    return [(sign * value, path) for value, path in scored]
 
 
 def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:

@@ -41,6 +41,8 @@ class Place:
 
 Places = dict[At, Place]
 
+MOST_OPTIONS = 3  # that an error repeats
+
 # The types of errors about a value's own type, not about its content: each member of a union reports one.
 KINDS = {KIND, "none_required", "int_from_float", "finite_number", "int_parsing_size", "is_instance_of"} | {
     f"{kind}_{what}"
@@ -92,9 +94,11 @@ def explain(
         options = _options(at[:-1], places, where)
         return f"{where}{options}: {name(at)} is missing: it should be {expected(annotation)}"
     if first["type"] == MISFIT:
-        return f"{where}{_options(at[:-1], places, where)}: {name(at)}: {first['ctx']['said']}"
+        said = first["ctx"]["said"]
+        return f"{where}{_options(at[:-1], places, where, said)}: {name(at)}: {said}"
     if first["type"] == "value_error":
-        return f"{where}{_options(at, places, where)}: {name(at) + ': ' if at else ''}{first['ctx']['error']}"
+        said = str(first["ctx"]["error"])
+        return f"{where}{_options(at, places, where, said)}: {name(at) + ': ' if at else ''}{said}"
     if found is None and (wanted := is_section(annotation)):
         parent = is_section(_annotation(at[:-1], section))
         left_out = (
@@ -201,12 +205,21 @@ def _where(at: At, path: Path, places: Places) -> str:
     return found.where if found else str(path)
 
 
-def _options(at: At, places: Places, where: str) -> str:
-    """Return `` with OPTION`` if an option set something below ``at``, and the error about all of ``at``
-    names another place.
+def _options(at: At, places: Places, where: str, message: str = "") -> str:
+    """Return `` with OPTIONS`` if options set something below ``at``, and the error about all of ``at`` names
+    another place.
+
+    Only the options come whose keys the message names best.
     """
-    options = (place.where for key, place in places.items() if place.by_option and key[: len(at)] == at)
-    return next((f" with {each}" for each in options if each != where), "")
+    words = set(re.findall(r"\w+", message))
+    below = {
+        place.where: len(words & set(key[len(at) :]))
+        for key, place in places.items()
+        if place.by_option and key[: len(at)] == at and place.where != where
+    }
+    most = max(below.values(), default=0)
+    options = [option for option, named in below.items() if named == most][:MOST_OPTIONS]
+    return f" with {' '.join(options)}" if options else ""
 
 
 def name(at: At) -> str:

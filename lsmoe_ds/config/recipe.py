@@ -294,6 +294,11 @@ class Recipe(Section):
                 "'training.early_stopping' counts validations, but 'training.validate_every' is 0: set it to "
                 "the steps between them"
             )
+        if training.keep_best and not training.validate_every:
+            raise ValueError(
+                f"'training.keep_best' is {training.keep_best}, but without validations no checkpoint is the "
+                "best: set 'training.validate_every' to the steps between them"
+            )
         if training.validate_translations is not None and not training.validate_every:
             raise ValueError(
                 "'training.validate_translations' is of validations, but 'training.validate_every' is 0: set "

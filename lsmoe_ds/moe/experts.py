@@ -282,7 +282,7 @@ class Experts(nn.Module):
         return out
 
     def _one_by_one(self, experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
-        # The parameters come last: in decoding, to go through those of 128 experts takes longer than to compute.
+        # The parameters come last: to go through those of 128 experts takes longer than a token's decoding.
         idle = self.training and self.run_idle and any(each.requires_grad for each in self.parameters())
         parts = rows.split(assignment.counts())
         outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if idle or len(part)]

@@ -145,6 +145,7 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
                 best += fits
             found += [_in_chunks(fit, cluster, shares) for fit in sorted(best, key=_speed)[:1]]
     if not found:
+        _check_tokens(recipe, cluster)
         least = f"; the smallest needs {min(peaks) / 1e9:.3g} GB on each" if peaks else ""
         raise UserError(
             f"no layout of {counted(cluster.gpus, 'GPU')} of {cluster.device.memory / 1e9:.3g} GB holds the "
@@ -239,6 +240,23 @@ def _chunks_of(fit: Fit) -> str:
     return " / ".join(numbers if len(set(numbers)) > 1 else numbers[:1])
 
 
+def _check_tokens(recipe: Recipe, cluster: Cluster) -> None:
+    """Raise UserError if a step has too few tokens for the GPUs in every layout."""
+    batch = recipe.data.batch
+    ranks = min(cluster.gpus // layout["tensor"] for layout in _layouts(recipe, cluster))
+    if batch.tokens * batch.count < ranks * _least_tokens(recipe):
+        raise UserError(
+            f"a step of {batch.tokens * batch.count:,} tokens is too small for "
+            f"{counted(cluster.gpus, 'GPU')}: each batch needs {_least_tokens(recipe):,} (twice "
+            "data.batch.max_length). Give fewer GPUs, raise data.batch.count, or lower data.batch.max_length"
+        )
+
+
+def _least_tokens(recipe: Recipe) -> int:
+    """Return the fewest tokens of a batch that --fit proposes: two sentences of the greatest length."""
+    return 2 * recipe.data.batch.max_length
+
+
 def _powers_of_two(limit: int) -> Iterator[int]:
     number = 1
     while number <= limit:
@@ -262,7 +280,7 @@ def _with(
     """Return the recipe in a layout, with its step divided for it; None if that is impossible."""
     count = cluster.gpus // layout["tensor"] * accumulation
     tokens = recipe.data.batch.tokens * recipe.data.batch.count // count
-    if tokens < 2 * recipe.data.batch.max_length:
+    if tokens < _least_tokens(recipe):
         return None
     given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     zero = {**given.get("zero_optimization", {}), "stage": stage}

@@ -155,10 +155,13 @@ class Plan:
             for side in self.exchanges:
                 home = ["-", "-"]
                 if side.rows_home is not None:
-                    home = [f"{side.rows_home:.2f}", in_bytes(side.token_bytes(at_home=True))]
+                    home = [
+                        f"{side.rows_home * (1 - side.at_home):.2f}",
+                        in_bytes(side.token_bytes(at_home=True)),
+                    ]
                 cells = [
                     str(side.layers),
-                    f"{side.rows:.2f}",
+                    f"{side.rows * (1 - side.at_home):.2f}",
                     home[0],
                     f"{side.row_bytes:,}",
                     in_bytes(side.token_bytes()),
@@ -169,6 +172,8 @@ class Plan:
                 f"one step between all ranks, at most: {in_bytes(self.step_bytes)} with experts chosen at "
                 "random"
             )
+            if any(each.lent_bytes for each in self.exchanges):
+                step += ", with the weights and gradients of replicas"
             if self.step_bytes_home is not None:
                 step += f", {in_bytes(self.step_bytes_home)} with all batches at home"
                 step += (

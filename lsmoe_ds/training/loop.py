@@ -9,7 +9,14 @@ from pathlib import Path
 from lsmoe_ds import interrupt
 from lsmoe_ds.checkpoint import saving as checkpoints
 from lsmoe_ds.checkpoint.resharding import load_weights
-from lsmoe_ds.checkpoint.run_folder import CHRF, FROZEN, STOPPING, list_checkpoints, newest_whole
+from lsmoe_ds.checkpoint.run_folder import (
+    CHRF,
+    FROZEN,
+    STOPPING,
+    best_first,
+    list_checkpoints,
+    newest_whole,
+)
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.assignment import affinity
@@ -245,12 +252,16 @@ def _last(saver: checkpoints.Saver) -> str:
 
 
 def _find_best(run: Path, stopping: Stopping) -> str:
-    """Return a sentence that names the best validation's weights, if there are any."""
-    best = run / "checkpoints" / f"step-{stopping.step}"
+    """Return a sentence that names the checkpoint with the best validation, if there are any.
+
+    With ``min_delta`` it may be later than the last improvement that counted.
+    """
     if stopping.best is None:
         return ""
-    if best in list_checkpoints(run):
-        return f"; the best weights are in {best}"
+    by_chrf = stopping.settings is not None and stopping.settings.metric == "chrf"
+    for value, best in best_first(list_checkpoints(run), by_chrf)[:1]:
+        if value >= stopping.best if by_chrf else value <= stopping.best:
+            return f"; the best weights are in {best}"
     return (
         f"; no checkpoint has the weights of step {stopping.step:,}: training.keep_best keeps the best that "
         "training.checkpoint_every saves"

@@ -73,7 +73,10 @@ class Throughput:
     """
 
     def __init__(self, recipe: Recipe, world: int, peak: float | None) -> None:
-        self.recipe, self.world, self.peak = recipe, world, peak
+        # Utilization is of what the model needs, so a layer that is computed again does not count.
+        once = recipe.training.model_copy(update={"activation_checkpointing": False})
+        self.recipe = recipe.model_copy(update={"training": once})
+        self.world, self.peak = world, peak
         self._trained: Callable[[str], bool] | None = None
         self._by_length: dict[int, Flops] = {}
 

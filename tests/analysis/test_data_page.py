@@ -23,7 +23,7 @@ ZERO_SHOT = "de-fr"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """A recipe whose data are prepared, with pairs that cleaning drops and a zero-shot direction."""
+    """Prepare data with pairs that cleaning drops and a zero-shot direction, and return the recipe."""
     root = tmp_path_factory.mktemp("page")
     lines = ["en\tde\tfr"]
     for number, (english, german) in enumerate(pairs("en", "de", 90)):

@@ -149,7 +149,7 @@ def buffers(weights: Tensors) -> dict[str, Tensor]:
 
 
 def wanted(steps: int) -> dict[str, Tensor]:
-    """What six steps make of the buffers of the four dense layers, computed whole."""
+    """Return the buffers of the four dense layers after ``steps`` steps, computed on unsplit tensors."""
     found = {}
     for place, at in enumerate(("encoder.0", "encoder.1", "decoder.0", "decoder.2")):
         whole, scale = torch.arange(24), torch.ones(24)

@@ -35,7 +35,7 @@ PATTERNS = ["encoder.*_low_rank.*", "decoder.2.*"]  # the experts, which the sec
 
 @pytest.fixture(scope="module")
 def runs(pool, tmp_path_factory):
-    """Runs of three steps in which low-rank matrices, experts and routers train, unless asked otherwise."""
+    """Return runs that by default take three steps and train low-rank matrices, experts and routers."""
     training = {"steps": 3, "trainable": "methods", "validate_every": 3, "dropout": 0.1}
     matrices = {"low_rank": {"rank": 2, "at": "both"}}
     return ShortRuns(pool, tmp_path_factory.mktemp("frozen"), loop, matrices, **training)
@@ -189,8 +189,9 @@ def test_a_lost_or_changed_base_is_one_sentence(runs, tmp_path, harm, sentence):
 
 
 def save_on_a_full_disk(topology, recipe, run):
-    """What a rank is told when the disk is full after three tensors; afterwards it can still talk to the
-    others.
+    """Save a checkpoint to a disk that is full after three tensors, and return the rank's error message.
+
+    The barrier afterwards passes only if the ranks can still talk to each other.
     """
     from unittest import mock
 

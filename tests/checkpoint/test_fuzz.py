@@ -50,8 +50,10 @@ SHAPES: dict[str, tuple[int, ...]] = {}  # of the run's parameters
 
 @pytest.fixture(scope="module")
 def place(pool, tmp_path_factory):
-    """A run of two tensor-parallel ranks, what it was converted to (in shards, with optimizer state; and
-    dense), prepared data.
+    """Yield a folder with a run, what it was converted to, and its prepared data.
+
+    The run has two tensor-parallel ranks. It was converted to a dense folder, and to a consolidated one in
+    shards with optimizer state. The folder is the working directory.
     """
     folder = tmp_path_factory.mktemp("fuzz") / "place"
     folder.mkdir()
@@ -196,7 +198,10 @@ GROUPS = [
 
 
 def resolve(group: Group) -> Path:
-    """The file; some names are known only once it is written."""
+    """Return the path of the group's file.
+
+    Some names are known only once the file is written.
+    """
     if group.file == "OPTIMIZER":
         return sorted(Path(CHECKPOINT).glob("*optim_states.pt"))[0]
     if group.file == "SHARD":
@@ -205,7 +210,7 @@ def resolve(group: Group) -> Path:
 
 
 def mend(path: Path) -> None:
-    """Makes size and sum of a changed file right again where they are noted."""
+    """Correct the size and checksum of a changed file wherever they are recorded."""
     for folder in path.parents:
         for name in ("manifest.json", "provenance.json"):
             if (folder / name).is_file() and path != folder / name:
@@ -235,7 +240,7 @@ def limits() -> Iterator[None]:
 
 
 def attempt(read: Callable[[str], Any], home: str, known: Any = None) -> str | None:
-    """What is wrong with the answer of a reader, None if nothing is."""
+    """Call a reader and return what is wrong with its answer, or None if nothing is."""
     try:
         with limits():
             found = read(home)

@@ -111,7 +111,7 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, removed):
 
 
 def lock_in_another_process(path: Path) -> str:
-    """What another process is told that wants the lock of ``path``."""
+    """Try to lock ``path`` in another process and return what that process prints."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom lsmoe_ds.folders import locked\ntry:\n    with "
         "locked(Path(sys.argv[1])):\n        print('held')\nexcept Exception as error:\n    print(error)\n"

@@ -27,7 +27,11 @@ def folder(tmp_path_factory):
 
 
 def save_beside_training(topology, recipe, run: Path) -> None:
-    """Syncing waits until it is told, and the third time finds the disk full."""
+    """Check that a checkpoint is written while training goes on, and that a full disk is an error.
+
+    The next save waits for the one before. Syncing to disk waits until it is released, and it finds the disk
+    full the third time.
+    """
     from threading import Event, Timer
 
     from lsmoe_ds.checkpoint import saving as checkpoints
@@ -73,8 +77,9 @@ def test_a_save_ends_beside_training_and_its_error_is_told(pool, folder):
 
 
 def save_where(topology, recipe, run: Path, memory: int, failing: bool) -> str | None:
-    """Saves with so much free memory; with ``failing`` the disk of the second rank is full. Returns what a
-    rank is told.
+    """Save with ``memory`` bytes of free memory and return the rank's error message, or None.
+
+    With ``failing`` the disk of the second rank is full.
     """
     from types import SimpleNamespace
     from unittest import mock

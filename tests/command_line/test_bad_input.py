@@ -22,8 +22,9 @@ from lsmoe_ds.data.prepare import prepare
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, pool):
-    """A corpus, prepared data, a task-routed and a token-routed run, a converted folder; cases work on a
-    copy.
+    """Return a folder with a corpus, prepared data, two runs and a converted folder.
+
+    One run is task-routed, the other token-routed. Cases work on a copy of the folder.
     """
     folder = tmp_path_factory.mktemp("place")
     write_corpus(folder)
@@ -61,7 +62,7 @@ Change = Callable[[], None]
 
 
 def recipe(change: Callable[[dict[str, Any]], object]) -> Change:
-    """Writes bad.yaml: the good recipe, changed."""
+    """Return a function that writes bad.yaml: the good recipe, changed."""
 
     def write() -> None:
         value = yaml.safe_load(Path("good.yaml").read_text())
@@ -72,7 +73,7 @@ def recipe(change: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def stored(change: Callable[[dict[str, Any]], object]) -> Change:
-    """Changes the recipe of the run."""
+    """Return a function that changes the recipe of the run."""
 
     def write() -> None:
         value = yaml.safe_load(Path("run/recipe.yaml").read_text())
@@ -99,7 +100,7 @@ def with_corpus(content: str | bytes, **more: Any) -> Change:
 
 
 def spoil(file: str) -> Change:
-    """Changes one byte in the middle."""
+    """Return a function that changes the byte in the middle of a file."""
 
     def change() -> None:
         content = bytearray(Path(file).read_bytes())
@@ -288,7 +289,7 @@ def test_bad_utf8_on_standard_input_names_the_line(place, capsys, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB."""
+    """Yield the folder of a newly mounted file system of 3 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(

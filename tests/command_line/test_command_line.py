@@ -19,7 +19,7 @@ from lsmoe_ds.cli import main
 
 
 def process(folder: Path, *arguments: str, text: str | None = None) -> str:
-    """A command in a process of its own."""
+    """Run a command in a process of its own and return its standard output."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "OMP_NUM_THREADS": "1"
     }
@@ -31,7 +31,10 @@ def process(folder: Path, *arguments: str, text: str | None = None) -> str:
 
 @pytest.fixture
 def lsmoe(tmp_path, monkeypatch, capsys):
-    """A command in this process, which has imported what each would import anew."""
+    """Return a function that runs a command in this process.
+
+    This saves the imports that a process of its own would repeat for each command.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, text: str = "") -> str:

@@ -228,7 +228,7 @@ def test_a_launcher_that_ends_the_other_ranks_does_not_hide_why_one_has_failed(
 
 
 def stuck_in_c() -> None:
-    """Preparing data comes to a call into C that takes for ever."""
+    """Make the preparation of data hang in a call into C."""
     from lsmoe_ds.data import preparation as module
 
     interrupt.GRACE = 0.2

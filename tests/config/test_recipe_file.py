@@ -297,6 +297,11 @@ def test_an_option_that_contradicts_the_file_is_cited_beside_it(tmp_path):
     assert said.startswith("r.yaml, line 3 with '--set model.heads=5': 'model': 'hidden' is 32")
 
 
+def test_options_that_an_error_names_are_cited_alone(tmp_path):
+    said = complaint(GOOD, tmp_path, "training.seed=3", "training.keep_best=2")
+    assert said.startswith("r.yaml with '--set training.keep_best=2': 'training.keep_best' is 2, but without")
+
+
 def test_a_member_of_a_study_is_blamed_for_what_it_changes(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD)
     study = {

@@ -40,7 +40,7 @@ def run(pool, tmp_path_factory):
 
 
 def random_loaded(run, low_rank, encoder=None, decoder=None, route="specific") -> Loaded:
-    """A model with the run's vocabulary whose matrices change much."""
+    """Return a model with the run's vocabulary whose low-rank matrices change its output much."""
     recipe = with_banks(make_recipe(run.parent, encoder, decoder), low_rank)
     base = load(run, "cpu")
     model = Transformer(recipe, base.vocabulary.size)

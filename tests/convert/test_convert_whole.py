@@ -33,7 +33,10 @@ def run(pool, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begun(pool, tmp_path_factory):
-    """A run of three steps with a checkpoint after each, and one of six that was never touched."""
+    """Train two runs and return their folder.
+
+    ``run`` has three steps, with a checkpoint after each. ``undisturbed`` has six and is never interrupted.
+    """
     folder = tmp_path_factory.mktemp("begun")
     write_corpus(folder)
     prepare(recipe_in(folder, ONE))

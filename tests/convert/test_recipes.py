@@ -35,7 +35,7 @@ LOW_RANK = {"rank": 2, "index": "pair", "at": "attention"}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """The working directory, with text and models."""
+    """Return the working directory, which holds text, an NLLB model and an M2M-100 model."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     for name, write in (("nllb", write_nllb), ("m2m", write_m2m)):

@@ -88,7 +88,10 @@ def test_union_over_ranks_is_the_same(kind: str) -> None:
 
 
 def totals(step: Step) -> tuple[int, int, int, list[int]]:
-    """The totals of a step that one rank has all batches of, counted in the tensors."""
+    """Count the totals of a step in its tensors.
+
+    One rank has all batches of the step.
+    """
     directions = sorted({d for b in step.batches for d in b.direction.tolist()})
     sources = sum(int((b.source != PAD).sum()) for b in step.batches)
     return (

@@ -15,7 +15,7 @@ from lsmoe_ds.data.text_part import TextPart
 
 
 def cleaned(folder: Path, name: str, *corpora: list[tuple[str, str]], **settings: int) -> Bitext:
-    """A bitext after cleaning the text of some corpora, ``c0``, ``c1``, ..."""
+    """Clean the text of some corpora, ``c0``, ``c1``, ..., and return them as a bitext."""
     parts = []
     for number, content in enumerate(corpora):
         write_lines(folder / f"c{number}.tsv", ["\t".join(pair) for pair in content])

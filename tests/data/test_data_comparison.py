@@ -29,7 +29,7 @@ COVERAGE = {"character_coverage": 1.0}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data under the name ``small``, a run ``run``, and the vocabulary alone."""
+    """Return a folder with prepared data named ``small``, a run ``run``, and the vocabulary alone."""
     root = tmp_path_factory.mktemp("made")
     write_three_bitexts(root)
     data = prepare(recipe(root))
@@ -189,7 +189,7 @@ def test_an_old_run_is_resumed_under_a_name_for_its_data(made: Path) -> None:
 
 
 def again(root: Path, start: int) -> None:
-    """Prepares other text under the same settings, with the vocabulary that is there."""
+    """Prepare the text from sentence ``start`` on, with the same settings and the existing vocabulary."""
     write_lines(
         root / "x.tsv", ["de\ten", *("\t".join(pair) for pair in pairs("de", "en", 200, start=start))]
     )
@@ -238,8 +238,9 @@ def test_a_converted_folder_serves_some_of_the_directions(made: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with relative paths in its recipe, prepared data and the run ``out/here/x``; the working
-    directory is elsewhere.
+    """Return a folder with prepared data and the run ``out/here/x``, whose recipe has relative paths.
+
+    The working directory is elsewhere.
     """
     place = tmp_path / "project"
     place.mkdir()

@@ -108,7 +108,7 @@ def test_a_path_in_the_place_of_a_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def write_compressed(path: Path) -> None:
-    """Puts ``PATH.gz`` in the place of a file."""
+    """Replace a file with its compressed form, ``PATH.gz``."""
     path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
 

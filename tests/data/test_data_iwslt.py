@@ -34,7 +34,7 @@ def write_set(folder: Path, code: str, lines: list[str]) -> None:
 
 
 def read_set(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """The pairs of a set, and what is told of it."""
+    """Read a set and return its pairs and the messages about it."""
     told: list[str] = []
     (part,) = found(folder, "iwslt", "de-en")
     return list(part.pairs(told.append)), told

@@ -39,7 +39,10 @@ for code in ("eng", "deu"):
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The two sides that the program delivers, which stand in ``asked`` with what it was asked."""
+    """Return the folder with the two sides that a stand-in for mtdata delivers.
+
+    The stand-in writes its arguments to ``asked``.
+    """
     folder, program = tmp_path / "text", tmp_path / "bin" / "mtdata"
     folder.mkdir()
     program.parent.mkdir()

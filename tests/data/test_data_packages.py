@@ -81,7 +81,7 @@ def test_a_hostile_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what
 
 
 def add_member(deb: Path, member: tarfile.TarInfo, content: bytes) -> None:
-    """Puts a member at the end of the tar in a package (made with -Znone), as ar and tar store it."""
+    """Append a member to the tar in a package (made with -Znone), as ar and tar store it."""
     whole = deb.read_bytes()
     start = whole.index(b"data.tar")
     size = int(whole[start + 48 : start + 58])

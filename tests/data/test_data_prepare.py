@@ -83,7 +83,11 @@ def test_from_corpora_to_tokens(root: Path) -> None:
 
 
 def with_near_duplicates(root: Path) -> Recipe:
-    """A second corpus says the same once more, with other case, digits and punctuation."""
+    """Write a second corpus of near-duplicates and return a recipe with both corpora.
+
+    The English sentences are those of the first corpus with other case, digits and punctuation. The German
+    ones have one more word.
+    """
     noisy = [
         (f"{german[:-1]} ja!", english.upper()[:-1] + "  42 !!") for german, english in pairs("de", "en", 300)
     ]

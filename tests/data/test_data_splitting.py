@@ -27,7 +27,7 @@ Lines = list[tuple[str, str]]
 
 
 def bare(text: str) -> str:
-    """The letters of a made-up sentence in lower case: near-duplicates have them in common."""
+    """Return the letters of a made-up sentence in lower case, which near-duplicates have in common."""
     return "".join(character for character in text.lower() if character.isalpha())
 
 
@@ -72,7 +72,7 @@ def check_nothing_held_out_is_trained_on(data: PreparedData) -> None:
 
 
 def multi_way(codes: str, count: int) -> dict[str, Lines]:
-    """The same sentences in all languages, each two of which are a bitext."""
+    """Return a bitext for each pair of the languages, all with the same sentences."""
     return {f"{a}-{b}": pairs(a, b, count) for a, b in combinations(sorted(codes.split()), 2)}
 
 

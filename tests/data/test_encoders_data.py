@@ -223,7 +223,7 @@ def test_compressed_text_is_read_like_any_other(folder, tmp_path):
 
 
 def squad(answers):
-    """A file of one question."""
+    """Return the text of a SQuAD file with one question."""
     question = {"id": "7", "question": "q", "answers": answers}
     return json.dumps({"data": [{"paragraphs": [{"context": "Anna", "qas": [question]}]}]})
 

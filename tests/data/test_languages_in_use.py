@@ -179,7 +179,7 @@ def call(monkeypatch, *arguments: str, text: str = "") -> None:
 
 
 def old_run(pool, folder: Path) -> Path:
-    """A run with the codes eng_Latn, hi and iw, whose order is not that of en, he and hi."""
+    """Train and return a run with the codes eng_Latn, hi and iw, whose order is not that of en, he and hi."""
     write_corpus(folder)
     text = folder / "text.tsv"
     text.write_text(

@@ -50,7 +50,7 @@ def stream(
 
 
 def layouts(world: int, steps: int) -> list[list[Step]]:
-    """What each rank has, by step."""
+    """Return, for each step, the part of each rank."""
     return [
         list(ranks) for ranks in zip(*(islice(stream(r, world), steps) for r in range(world)), strict=True)
     ]

@@ -33,7 +33,7 @@ def run(pool, tmp_path_factory):
 
 
 def recipe_in(run, path, training: dict | None = None, **model):
-    """The recipe of a student, without experts; ``path`` is where it is written."""
+    """Write the recipe of a student without experts to ``path`` and return ``path``."""
     value = make_recipe(run.parent, None, None).model_dump(mode="json", exclude_none=True)
     value["name"] = "student"
     value["model"] |= model
@@ -43,7 +43,10 @@ def recipe_in(run, path, training: dict | None = None, **model):
 
 
 def distilled(run, folder, *options, teacher=None, **changes):
-    """The recipe of the student in ``folder / "student"``; the teacher is the run unless given."""
+    """Run ``lsmoe distill`` into ``folder / "student"`` and return the student's recipe.
+
+    The teacher is the run unless another is given.
+    """
     recipe = recipe_in(run, folder / "r.yaml", **changes)
     out, teacher = folder / "student", str(teacher or run)
     assert main(["distill", teacher, "--into", str(recipe), "--out", str(out), *QUICK, *options]) == 0

@@ -37,7 +37,7 @@ def sentences(seed: int, count: int) -> list[str]:
 
 
 def translate(references: list[str], errors: float, seed: int) -> list[str]:
-    """References with a share of wrong words."""
+    """Replace a share ``errors`` of the words with random ones and return the lines."""
     chance = random.Random(seed)
     return [
         " ".join(chance.choice(WORDS) if chance.random() < errors else word for word in line.split())
@@ -48,7 +48,10 @@ def translate(references: list[str], errors: float, seed: int) -> list[str]:
 def write_system(
     home: Path, errors: float, directions: tuple[Direction, ...] = (EN_DE, DE_EN, EN_FR), **question: object
 ) -> Path:
-    """What an evaluation leaves of a system that gets a share of words wrong."""
+    """Write what an evaluation leaves of a system that gets a share ``errors`` of the words wrong.
+
+    Return the folder, ``home``.
+    """
     folder, scores = ScoreFolder(home), []
     table = replace(ScoreTable(home.name, 100, "test", 5, 1.0, ()), **question)
     folder.check()

@@ -27,7 +27,7 @@ from lsmoe_ds.report.report import render_report
 
 @pytest.fixture(scope="module")
 def scarce_run(pool, tmp_path_factory):
-    """A run whose bitext en-xx has 9 pairs, too few to hold any out."""
+    """Train and return a run whose bitext en-xx has 9 pairs, too few to hold any out."""
     folder = tmp_path_factory.mktemp("scarce")
     write_corpus(folder)
     rows = (folder / "text.tsv").read_text().splitlines()

@@ -62,7 +62,10 @@ def low_rank(run, fuse: bool, route: str) -> Loaded:
 
 
 def ending(sparse: Loaded) -> Loaded:
-    """The same model, but likelier to end: an untrained one goes on to the greatest length."""
+    """Make a model likelier to end a sentence and return it.
+
+    An untrained model goes on to the greatest length.
+    """
     with torch.no_grad():
         end = sparse.model.embedding.tokens.weight[EOS]
         sparse.model.decoder_norm.bias += 5 * end / end.norm()
@@ -78,7 +81,7 @@ def exported(sparse: Loaded, direction: Direction | None, folder) -> Exported:
 
 
 def generated(model: Exported, lines: list[str], target: str = "") -> list[str]:
-    """What somebody gets who knows nothing of us."""
+    """Translate with transformers alone, as a user who does not know this project would."""
     inputs = model.tokenizer(lines, return_tensors="pt", padding=True)
     if target:
         inputs["input_ids"][:, 0] = model.tokenizer.convert_tokens_to_ids(target)

@@ -34,7 +34,7 @@ def run(pool, tmp_path_factory):
 
 
 def changed(sparse: Loaded, **model) -> Loaded:
-    """The model with other parts, all of its weights drawn wide."""
+    """Return a model with changed settings and all of its weights drawn from a wide distribution."""
     value = sparse.recipe.model_dump(exclude_none=True)
     value["model"] |= model
     recipe = Recipe.model_validate(value)

@@ -92,7 +92,10 @@ def their_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
 
 
 def check_logits(folder: Path, ids: list[int], tensors: Tensors, recipe: Any, vocabulary: Vocabulary) -> None:
-    """The same logits for random tokens, ``ids`` being their id of each of ours."""
+    """Check that the imported model and transformers compute the same logits for random tokens.
+
+    ``ids`` has, for each of our tokens, its id in transformers.
+    """
     from transformers import M2M100ForConditionalGeneration
 
     theirs = M2M100ForConditionalGeneration.from_pretrained(folder).eval()

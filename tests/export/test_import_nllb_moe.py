@@ -264,7 +264,7 @@ def test_refused(home, tmp_path, case):
 
 @pytest.fixture(scope="module")
 def base(home, tmp_path_factory) -> Path:
-    """The imported model, as the command makes it, and data prepared for it."""
+    """Import the model as the command does, prepare data for it, and return its folder."""
     folder = tmp_path_factory.mktemp("base")
     write_corpus(folder)
     settings = {

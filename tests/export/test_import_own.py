@@ -35,7 +35,10 @@ TRAINING = ["data.corpora=[{path: text.tsv, format: tsv}]", "data.directions=[en
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    """A dense folder whose feed-forwards differ in width, so that its export is padded."""
+    """Write a dense folder, export it, and return the dense folder.
+
+    Its feed-forwards differ in width, so that the export is padded.
+    """
     folder = tmp_path_factory.mktemp("own")
     write_corpus(folder)
     write_dense(folder)
@@ -45,7 +48,7 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(dense) -> Path:
-    """The export as transformers saves what it has loaded."""
+    """Load the export in transformers, save it from there, and return the new folder."""
     from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 
     exported, again = dense.parent / "exported", dense.parent / "saved"

@@ -202,7 +202,7 @@ def test_the_command_translates_between_any_of_its_languages(root, tmp_path, cap
 
 
 def card(folder: Path, line: str) -> list[str]:
-    """The code blocks of a model card, for one line of text."""
+    """Return the code blocks of a model card, with one line of text filled in."""
     return [
         each.replace("FOLDER", str(folder)).replace('"Text to translate."', repr(line))
         for each in blocks((folder / "README.md").read_text())
@@ -236,7 +236,7 @@ def test_the_cards_code_translates(root, own, kind, capsys):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
-    """A model of our own that reads the tags of both languages, and its exports."""
+    """Return a folder with a model of our own, which reads the tags of both languages, and its exports."""
     folder = tmp_path_factory.mktemp("own")
     write_corpus(folder)
     made = random_model(folder, None, None)

@@ -38,7 +38,7 @@ def data_of(run) -> PreparedData:
 
 
 def loaded_with(run, encoder, decoder):
-    """A model with wide weights, and those of its direction with all experts."""
+    """Return a model with widely spread weights, and the weights and recipe of en-de with all experts."""
     sparse = random_loaded(run, encoder, decoder)
     generator = torch.Generator().manual_seed(5)
     for _, layer in sparse.model.moe_layers():

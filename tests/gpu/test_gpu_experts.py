@@ -25,7 +25,10 @@ KERNEL = "needs a GPU of compute capability 9 (Hopper), on which experts are com
 
 @pytest.fixture
 def kernel(device, monkeypatch) -> None:
-    """The device has the grouped product; on a CPU torch's own takes its place."""
+    """Make sure that the device has the grouped product, or skip the test.
+
+    On a CPU, torch's own product takes its place.
+    """
     if device.type == "cpu":
         monkeypatch.setattr(module, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
     elif not module.has_kernel(device, torch.bfloat16):
@@ -50,7 +53,7 @@ def spoil_free_memory(device: torch.device) -> None:
 
 
 def results(experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Outputs and all gradients."""
+    """Return the outputs and all gradients of the experts."""
     experts.zero_grad()
     rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
     spoil_free_memory(rows.device)

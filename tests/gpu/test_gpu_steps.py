@@ -20,7 +20,7 @@ WAITS = 40  # of a step: DeepSpeed's norms of each group, the loss, the position
 
 @pytest.fixture(scope="module")
 def step(device):
-    """A step of a small sparse model with so many layers a side."""
+    """Yield a function that makes the training step of a small sparse model with ``layers`` layers a side."""
     from lsmoe_ds.training.engine import build_engine, train_step
 
     def of(layers: int, optimizer: str = "adam"):

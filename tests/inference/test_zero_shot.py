@@ -46,7 +46,7 @@ def global_weights(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def drawn(run, model: dict) -> Loaded:
-    """A model with wide random weights and masks."""
+    """Return a model with normal random weights of standard deviation 0.4, and random masks."""
     value = make_recipe(run.parent, None, None).model_dump(mode="json")
     for name, section in model.items():
         value["model"][name] = (

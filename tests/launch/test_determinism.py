@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def started(folder: Path, run: str, ranks: int, deterministic: str, workspace: str | None) -> dict:
-    """What a process finds when the training is about to begin."""
+    """Start a training in a new process, and return the state of torch and cuBLAS just before it begins."""
     (folder / "recipe.yaml").write_text(recipe_in(folder).to_yaml())
     environment = {name: value for name, value in os.environ.items() if name != CUBLAS}
     environment |= {} if workspace is None else {CUBLAS: workspace}

@@ -21,8 +21,10 @@ from lsmoe_ds.parallel import collectives
 def meet(
     notes: dict[int, dict], worlds: dict[int, int] | None = None, ranks: list[int] | None = None
 ) -> list:
-    """What each of the processes gets: the hosts, or the error. ``notes`` are by process, which has the rank
-    of ``ranks``.
+    """Let processes meet, and return what each of them gets: the hosts of all ranks, or the error.
+
+    ``notes`` [process] is what a process publishes about itself, ``worlds`` [process] the number of processes
+    that it was told, and ``ranks`` [process] its rank, by default its key in ``notes``.
     """
     port = free_port()
 

@@ -213,7 +213,7 @@ def test_new_directions_get_adapters_and_the_others_keep_theirs(adapted, tmp_pat
 
 @pytest.fixture(scope="module")
 def by_family(adapted, tmp_path_factory):
-    """A model with adapters of two families, never trained."""
+    """Write an untrained model with adapters of two families, and return its folder."""
     stored = find_model(adapted)
     value = stored.recipe.model_dump(mode="json", exclude_none=True)
     value["model"]["adapters"] = {"width": 6, "by": "family", "families": {"a": ["de"], "b": ["fr"]}}

@@ -103,7 +103,7 @@ def halfway(run: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(lsmoe, tmp_path_factory) -> Path:
-    """A run of four steps, with checkpoints after the second and the last."""
+    """Train four steps, with checkpoints after the second and the last, and return the run."""
     folder = tmp_path_factory.mktemp("method")
     write_corpus(folder)
     recipe = yaml.safe_load(make_recipe(folder, None, None).to_yaml())

@@ -39,7 +39,7 @@ def routing_of(settings: Clsr, decoder: bool) -> tuple[Projections, ConditionalR
 def reference(
     side, routing, decoder: bool, training: bool, h, z, real, ids
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The equations for one sentence after another -> outputs, sum of the gates."""
+    """Compute the equations for one sentence after another, and return outputs and the sum of the gates."""
     matrices = (side.specific if routing.specific is None else routing.specific).view(-1, HIDDEN, HIDDEN)
     first, _, second = routing.gate
     torch.manual_seed(5)

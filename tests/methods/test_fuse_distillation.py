@@ -122,7 +122,7 @@ def equations(recipe: Recipe, teacher: bool) -> tuple[dict[str, float], dict[str
 
 @pytest.fixture(scope="module")
 def alone(pool):
-    """What one process computes."""
+    """Return a function that runs :func:`run_steps` on one process, once for each routing and ``teacher``."""
     known: dict[tuple[str, bool], list] = {}
 
     def of(routing: str, teacher: bool):

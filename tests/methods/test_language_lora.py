@@ -172,7 +172,7 @@ def test_a_wrong_place_is_refused(pattern):
 
 
 def model_of(low_rank: dict, groups: dict | None = None) -> tuple[Recipe, Transformer]:
-    """A model whose matrices and weights are all random, in evaluation."""
+    """Return a recipe and its model in evaluation mode, with random values in all low-rank parameters."""
     recipe = recipe_of(**low_rank)
     model = Transformer(recipe, 96)
     initialize(model, 1, Topology.single())

@@ -97,7 +97,10 @@ def with_lass(root: Path, **section) -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained(pool, root):
-    """A training whose masks come from a fine-tuning of each direction: three runs, and a dense folder."""
+    """Fine-tune a model on each direction, and train with masks made from these models.
+
+    Return the run, and what :func:`first_steps` returned.
+    """
     recipe = recipe_from(root)
     for direction in recipe.data.directions:
         tuning = changed(recipe, training={"directions": [direction], "steps": 1})

@@ -117,7 +117,7 @@ def test_the_sub_network_of_a_direction_translates_the_same_and_is_narrower(root
 
 @pytest.fixture(scope="module")
 def masked(pool, tmp_path_factory):
-    """Runs whose feed-forwards are all dense, by what their masks remove."""
+    """Train runs whose feed-forwards are all dense, and return them by what their masks remove."""
     folder = tmp_path_factory.mktemp("masked")
     write_corpus(folder)
     runs = {}

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_of(pool, folder):
-    """Runs by layout and precision."""
+    """Return a function that trains a run, once for each layout, precision and pruning settings."""
     known = {}
 
     def of(layout, bf16=False, **prune):

@@ -35,7 +35,7 @@ def experts_of(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Expert
 def results(
     experts: Experts, rows: Tensor, chosen: Tensor, weights: Tensor, count: int | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and every gradient of two passes, which are added up."""
+    """Run two forward and backward passes; return the output, and every gradient summed over both."""
     experts.zero_grad()
     rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
     for scale in (1, 2):
@@ -241,7 +241,7 @@ def test_experts_without_a_buffer_of_zero_are_laid_together(pool, stage, trainin
 
 
 def are_views_where_grouped(topology, recipe) -> list[bool]:
-    """The same where bfloat16 has grouped products."""
+    """Return what :func:`are_views` finds where bfloat16 has grouped products."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
         return are_views(topology, recipe)

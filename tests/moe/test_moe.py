@@ -265,8 +265,10 @@ def test_gates_of_two_sum_to_one_and_of_one_are_probabilities():
 
 
 def dispatch(topology, tokens: int, top_k: int):
-    """What a rank has sent, for itself and in bytes, when every token of rank r uses the experts of rank (r +
-    1) % R.
+    """Send every token of rank r to experts of rank (r + 1) % R; return the rows and bytes that a rank sent.
+
+    The rows are the rank's own tokens. The bytes also include counts, the outputs that it returns to other
+    ranks, and gradients.
     """
     torch.manual_seed(5)
     layer = MixtureOfExperts(

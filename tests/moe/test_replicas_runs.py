@@ -50,7 +50,7 @@ def runs(pool, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lent(runs):
-    """A run with replicas of English on two ranks."""
+    """Train on two ranks with replicas of the experts of English, and return the run."""
     run = runs.folder / "lent"
     runs.train(with_replicas(runs.recipe(EXPERTS), ["en"]), run, EXPERTS)
     return run
@@ -247,7 +247,7 @@ WEB = "recipes/papers/web-big-128.yaml"
 
 
 def web(replicas: str = "null") -> Recipe:
-    """The paper's largest system, whose decoder is routed by target language, on eight ranks."""
+    """Return a recipe of the paper's largest system on eight ranks, its decoder routed by target language."""
     sets = ["parallel.expert=8", "parallel.tensor=1", "data.batch={tokens: 16384, count: 8}"]
     task = f"{{experts: 128, every: 2, routing: task, task: target, replicas: {replicas}}}"
     return load_recipe(WEB, [*sets, f"model.decoder.moe={task}"])

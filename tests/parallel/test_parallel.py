@@ -26,8 +26,9 @@ def rows_of(rank: int) -> torch.Tensor:
 
 
 def exchange(topology):
-    """What a rank received, and the gradient of its own rows when every receiver weighs them by its rank +
-    1.
+    """Return the rows that a rank received, and the gradient of its own rows.
+
+    Each receiver weights the rows that it received by its rank + 1.
     """
     from lsmoe_ds.parallel.collectives import Traffic, all_to_all, exchange_counts
 

@@ -22,7 +22,7 @@ from lsmoe_ds.config.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def alone(pool):
-    """What one process computes, for each routing and number of units."""
+    """Return a function that trains on one process, once for each routing and number of units."""
     known = {}
 
     def of(routing: str, units: int):

@@ -251,6 +251,13 @@ def test_what_does_not_fit_is_said(recipe):
         find_fits(recipe, cluster(4, memory=5e8))
 
 
+def test_a_step_that_is_too_small_is_said(recipe):
+    """Of 64 GPUs, 32 have batches of their own if tensor parallelism is 2: 128 tokens each of 4,096."""
+    assert find_fits(recipe, cluster(64))
+    with pytest.raises(UserError, match=r"4,096 tokens is too small for 128 GPUs: each batch needs 128 "):
+        find_fits(recipe, cluster(128))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -263,7 +270,9 @@ def test_what_does_not_fit_is_said(recipe):
         ),
         (["--fit", "--gpus", "4", "--memory", "80"], "--memory is '80': write a number of bytes as in 80GB"),
         (["--fit", "--gpus", "4", "--network", "0GB"], "--network is '0GB'"),
-        (["--out", "x.yaml"], "--out is for the recipe that --fit finds"),
+        (["--out", "x.yaml"], "--out is for --fit: give both or none"),
+        (["--memory", "fuzz"], "--memory is for --fit: give both or none"),
+        (["--efficiency", "0.4"], "--efficiency is for --fit: give both or none"),
         (["--fit", "--gpus", "4", "--out", BIG], f"{BIG} exists"),
     ],
 )

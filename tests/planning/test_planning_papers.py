@@ -11,8 +11,9 @@ from lsmoe_ds.planning.plan import plan
 
 
 def paper_total(parts: Parts) -> int:
-    """The paper has three matrices of the vocabulary ("33M" and "Softmax 65M") where the model here ties them
-    to one.
+    """Return the total number of parameters as the paper counts it.
+
+    The paper has three matrices of the vocabulary ("33M" and "Softmax 65M"); the model here ties them to one.
     """
     return parts.whole.total + 2 * parts.vocabulary.total
 

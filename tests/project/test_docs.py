@@ -25,7 +25,10 @@ from lsmoe_ds.study.settings import load_study
 
 
 def keys(section: type[BaseModel], at: str = "") -> set[str]:
-    """The last part of every key of a recipe, with its section."""
+    """Return the keys of a section and of all sections in it.
+
+    A key is prefixed only by the innermost section that contains it, for example ``batch.tokens``.
+    """
     found = set()
     for name, field in section.model_fields.items():
         inner = is_section(field.annotation)

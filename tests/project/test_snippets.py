@@ -35,7 +35,10 @@ ODD = ["\ufeffba\u00adde\u00a0fi", "e\u0301  ko\tla", "ko\u3000mi\u2060la", "a\u
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A dense model of one direction and one of all, and both exported for Hugging Face and CTranslate2."""
+    """Write a dense model of one direction and one of all directions, convert both, and return their folder.
+
+    Each is converted for Hugging Face and for CTranslate2, and to a dense folder.
+    """
     folder = tmp_path_factory.mktemp("snippets")
     write_corpus(folder)
     shared = random_model(folder, None, None, LowRank(rank=3, fuse_distillation=True))

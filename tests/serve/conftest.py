@@ -16,26 +16,26 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def run(pool, tmp_path_factory):
-    """A run whose experts are chosen by the target language."""
+    """Train a run whose experts are chosen by the target language, and return it."""
     return make_run(pool, tmp_path_factory.mktemp("serve"), TARGET_TOP2, TARGET_TOP2, 1)[0]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """The folder in which the server keeps converted models."""
+    """Return the folder in which the server keeps converted models."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def server(run, cache):
-    """A server over the run, without limits of its own."""
+    """Yield a server of the run, with default limits."""
     with Played([run], Settings(cache=cache)) as played:
         yield played
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """The Chromium of this machine, since Playwright's own is not in a package."""
+    """Yield the Chromium of this machine, since Playwright's own is not in a package."""
     if not (path := next(filter(None, map(shutil.which, BROWSERS)), None)):
         pytest.skip("needs chromium")
     with sync_playwright() as playwright:

@@ -33,7 +33,7 @@ DIRECTIONS = ["en-de", "de-en", "en-fr", "fr-en"]
 
 @pytest.fixture(scope="module")
 def wanted(run):
-    """What `lsmoe translate` makes of the texts, by direction."""
+    """Translate the texts as `lsmoe translate` does, and return the translations by direction and text."""
     model = lsmoe_ds.load(run)
     return {
         each: dict(zip([*TEXTS, LONG], model.translate([*TEXTS, LONG], *each.split("-")), strict=True))
@@ -305,7 +305,7 @@ def test_what_there_is_to_ask_for(server, run):
 
 
 def start(arguments: list[str], **more) -> tuple[subprocess.Popen, str]:
-    """A server in a process of its own, and its URL."""
+    """Start a server in a process of its own, and return the process and its URL."""
     command = [sys.executable, "-m", "lsmoe_ds", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
     return process, process.stdout.readline().strip()

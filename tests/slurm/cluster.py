@@ -88,8 +88,10 @@ class Cluster:
     # --- start and stop
 
     def up(self) -> None:
-        """Starts all and returns when every node is idle. A folder that a killed cluster left is cleaned;
-        raises FileExistsError where a cluster runs in it, or something else lies there.
+        """Start the cluster and wait until all nodes are usable.
+
+        A folder that a killed cluster left is cleaned. Raises FileExistsError if a cluster runs in it, or
+        if it contains something else.
         """
         if self.folder.exists() and any(self.folder.iterdir()):
             if not (self.folder / STARTED).is_dir():
@@ -118,7 +120,7 @@ class Cluster:
             raise
 
     def down(self) -> None:
-        """Ends every process of the cluster, its jobs included, and removes the folder."""
+        """End every process of the cluster, its jobs included, and remove the folder."""
         started = self.folder / STARTED
         for name in sorted(
             (path.name for path in started.glob("*")), reverse=True
@@ -215,7 +217,10 @@ class Cluster:
         return dict(line.split() for line in listed.stdout.splitlines())
 
     def node_down(self, name: str) -> None:
-        """An administrator takes the node down, until `resume`: its jobs are requeued or fail at once."""
+        """Set the node down until :meth:`resume`, as an administrator does.
+
+        Its jobs are requeued or fail at once.
+        """
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
     def power_off(self, name: str) -> None:
@@ -223,15 +228,17 @@ class Cluster:
         self._kill(name)
 
     def power_on(self, name: str) -> None:
-        """Ends `power_off`. A real boot outlasts slurmctld's patience with the node; here slurmctld is told,
-        as it would keep jobs whose tasks on a node that is back at once are gone.
+        """Start a node again after :meth:`power_off`, and wait until it is usable.
+
+        The node is first set down. A real boot takes so long that slurmctld notices the loss; here the node
+        is back at once, and slurmctld would keep jobs whose tasks on it are gone.
         """
         self.node_down(name)
         self._start_node(name)
         self.resume(name)
 
     def resume(self, name: str) -> None:
-        """Ends `node_down`."""
+        """Bring a node back after :meth:`node_down`, and wait until it is usable."""
         self.run("scontrol", "update", f"nodename={name}", "state=resume")
         self._wait_usable([name])
 
@@ -246,14 +253,15 @@ class Cluster:
         wait_until(usable, 60, f"usable {', '.join(names)}")
 
     def daemon_log(self, name: str) -> str:
-        """What "munged", "slurmctld" or a node's slurmd wrote."""
+        """Return what "munged", "slurmctld" or a node's slurmd wrote."""
         return "".join(
             path.read_text(errors="replace") for path in sorted((self.folder / "log").glob(f"*{name}.*"))
         )
 
     def _end_orphans(self, name: str) -> None:
-        """What a job left behind: without cgroups, processes whose parent ended before the job did are not
-        SLURM's any more.
+        """Kill the processes that jobs left behind on a node.
+
+        Without cgroups, SLURM loses track of processes whose parent ended before the job did.
         """
         for first in children(self._process(name) or 0):
             for process in children(first):
@@ -301,7 +309,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *words, *arguments).stdout.split(";")[0])
 
     def show(self, job: int) -> list[dict[str, str]]:
-        """The fields of `scontrol show job`; of an array one record for each task."""
+        """Return the fields of `scontrol show job`: one record, or for an array one record for each task."""
         lines = self.run("scontrol", "--oneliner", "show", "job", str(job)).stdout.splitlines()
         return [dict(re.findall(r"(?:^| )([A-Z]\w*(?::\w+)?)=(\S*)", line)) for line in lines if line]
 
@@ -313,8 +321,9 @@ class Cluster:
         return min(states, key=lambda state: (state not in UNFINISHED, state == "COMPLETED"))
 
     def wait(self, job: int, timeout: float = 60) -> str:
-        """The state in which the job ended. Raises TimeoutError, with the end of its log, if it has not after
-        ``timeout`` seconds.
+        """Wait until the job ends, and return its final state.
+
+        Raises TimeoutError, with the end of the job's log, if it has not ended after ``timeout`` seconds.
         """
         end = time.monotonic() + timeout
         while (state := self.state(job)) in UNFINISHED:
@@ -330,12 +339,12 @@ class Cluster:
         return int(self.show(job)[0]["Restarts"])
 
     def log(self, job: int) -> str:
-        """What the job's script and tasks wrote so far, of an array all of its tasks."""
+        """Return the output so far of the job's script and tasks; for an array, of all its tasks."""
         paths = sorted({Path(record["StdOut"]) for record in self.show(job) if "StdOut" in record})
         return "".join(path.read_text(errors="replace") for path in paths if path.exists())
 
     def cancel_all(self) -> None:
-        """Ends all jobs at once (SIGKILL) and waits until they are gone."""
+        """Kill all jobs at once (SIGKILL), and wait until they are gone."""
         asked: set[str] = set()
 
         def gone() -> bool:

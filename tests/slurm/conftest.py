@@ -31,7 +31,7 @@ def do_without(request: pytest.FixtureRequest, reason: str) -> None:
 
 
 def clean_left_behind() -> None:
-    """Removes clusters of test processes that were killed; their folders are named after them."""
+    """Remove the clusters of killed test processes, whose numbers are in the names of the folders."""
     for folder in TEMPORARY.glob(f"{PREFIX}*"):
         starter = folder.name.removeprefix(PREFIX)
         if starter.isdigit() and start_time(int(starter)) is None:
@@ -62,7 +62,7 @@ def cluster_in_order(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all nodes see, with prepared data and ``recipe.yaml``."""
+    """Return a folder that all nodes see, with prepared data and ``recipe.yaml``."""
     folder = tmp_path_factory.mktemp("work")
     write_recipe(folder)
     return folder
@@ -70,7 +70,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launcher(request: pytest.FixtureRequest, cluster: Cluster) -> str:
-    """A launcher of `train.sbatch`, by indirect parametrization, if it is installed."""
+    """Return the launcher for `train.sbatch`, set by indirect parametrization.
+
+    Calls :func:`do_without` if it is not installed.
+    """
     if shutil.which(request.param, path=ENVIRONMENT["PATH"]) is None:
         do_without(
             request, f"tests/slurm was skipped for LAUNCH={request.param}: {request.param} is not installed"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
-    """Returns once ``done()``; raises TimeoutError naming ``what`` after ``seconds``."""
+    """Wait until ``done()`` is true; raise TimeoutError naming ``what`` after ``seconds``."""
     end = time.monotonic() + seconds
     while not done():
         if time.monotonic() > end:
@@ -19,8 +19,9 @@ def wait_until(done: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def start_time(process: int) -> str | None:
-    """The start time of a process (clock ticks since boot), None where it is gone. A zombie is gone: not
-    every init reaps.
+    """Return the start time of a process (clock ticks since boot), or None if it is gone.
+
+    A zombie counts as gone, since not every init reaps its children.
     """
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -37,8 +38,10 @@ def children(process: int) -> list[int]:
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` successive free ports, below those that the kernel gives to outgoing
-    connections: a node that is powered on again must get its port back.
+    """Return the first of ``count`` consecutive free ports.
+
+    They are below the ports that the kernel gives to outgoing connections: a node that is powered on again
+    must get its port back.
     """
     while True:
         first = random.randrange(6000, 9900)

@@ -20,8 +20,9 @@ HERE = Path(__file__).parent
 
 
 def processes_of(folder: Path) -> list[str]:
-    """The commands of all processes that were started for the cluster in ``folder``: they inherit its
-    settings.
+    """Return the command lines of all processes that were started for the cluster in ``folder``.
+
+    They are found by the cluster's settings in their environment, which they inherit.
     """
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
@@ -35,7 +36,10 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A short name: the path of a socket has at most 107 characters."""
+    """Yield the path of a folder for a cluster, and remove the cluster afterwards.
+
+    Its name is short because the path of a socket has at most 107 characters.
+    """
     path = TEMPORARY / f"lsmoe-slurm-own-{os.getpid()}"
     yield path
     Cluster(path).down()

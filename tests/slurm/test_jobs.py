@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def alone(work) -> list[tuple]:
-    """The losses of a run on this machine that nothing happened to."""
+    """Train on this machine without interruption, and return the losses of each step (:func:`curve`)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [BIN / "lsmoe", "train", "recipe.yaml", "--nproc", "4", "--out", "alone"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -35,7 +35,10 @@ def alone(work) -> list[tuple]:
 
 
 def curve(run: Path) -> list[tuple]:
-    """What each step's record says of losses. No step may be missing, or there twice."""
+    """Return the losses, gradient norm and learning rate of each step.
+
+    Fails if a step is missing or recorded twice.
+    """
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
@@ -43,7 +46,7 @@ def curve(run: Path) -> list[tuple]:
 
 
 def step_of(run: Path) -> int:
-    """The last step in the records of a run that is going on."""
+    """Return the last step that a running training has recorded, or 0 if there is none."""
     try:
         *_, last = (run / "metrics.jsonl").read_text().splitlines()
         return int(json.loads(last)["step"])
@@ -60,7 +63,7 @@ def wait_for_step(cluster: Cluster, job: int, run: Path, step: int) -> None:
 
 
 def assert_undisturbed(cluster: Cluster, job: int, run: Path, alone: list[tuple]) -> None:
-    """The job came to its end, with the losses of the run that nothing happened to, to the bit."""
+    """Assert that the job completed with losses bit-equal to those of the uninterrupted run."""
     assert cluster.wait(job, 180) == "COMPLETED", cluster.log(job)
     assert list_checkpoints(run)[-1].name == f"step-{STEPS}"
     assert curve(run) == alone
@@ -207,7 +210,11 @@ def test_a_launcher_that_does_not_exist_is_tried_once(cluster, work, submit, mon
 
 
 def without(name: str, programs: Path) -> list[str]:
-    """The folders of PATH, each that has the program replaced by one of links to its other programs."""
+    """Return the folders of PATH with one program hidden.
+
+    Each folder that has the program is replaced by ``programs``, which is filled with links to the programs
+    whose names do not begin with ``name``.
+    """
     programs.mkdir()
     folders = [BIN, programs]
     for folder in map(Path, os.environ["PATH"].split(os.pathsep)):

@@ -36,7 +36,7 @@ elif sys.argv[1] == "train":
 
 @pytest.fixture
 def work(cluster, tmp_path, monkeypatch) -> Path:
-    """A folder that all nodes see, where `lsmoe` is played."""
+    """Return a folder that all nodes see, with a stub of `lsmoe` that their PATH finds first."""
     (tmp_path / "lsmoe").write_text(PLAYED)
     (tmp_path / "lsmoe").chmod(0o755)
     for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LSMOE_SLURM": str(SLURM)}.items():

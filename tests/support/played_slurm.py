@@ -101,7 +101,7 @@ class Played:
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> int:
-        """The status in which the script ends."""
+        """Run a script to its end, and return its exit status."""
         return self.finish(self.start(script, *arguments, **environment))
 
     def finish(self, process: subprocess.Popen[str]) -> int:
@@ -109,7 +109,10 @@ class Played:
         return process.returncode
 
     def signaled(self, number: int, script: str, *arguments: str, **environment: str) -> int:
-        """The same, with a signal once the ranks run."""
+        """Run a script, send it a signal once the PID file is written, and return its exit status.
+
+        The ranks write the PID file; with ``BEGIN="slow"``, `lsmoe slurm begin` writes it before they start.
+        """
         process = self.start(script, *arguments, WORK="stay", **environment)
         deadline = time.monotonic() + 30
         while not (self.pid_file.exists() and self.pid_file.read_text()):

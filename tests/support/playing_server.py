@@ -53,7 +53,10 @@ def ask(
     headers: dict[str, str] | None = None,
     whole: bool = False,
 ) -> Any:
-    """The status and the body of an answer; with ``whole`` also its headers, in lower case."""
+    """Send a request, and return the status and the body of the answer.
+
+    With ``whole``, its headers are returned, too, their names in lower case.
+    """
     url = server if isinstance(server, str) else server.url
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
@@ -66,7 +69,7 @@ def ask(
 
 
 def post(server: Played | str, path: str = "/translate", **fields: Any) -> tuple[int, Any]:
-    """The status and the JSON of the answer to fields in JSON."""
+    """Send fields as JSON, and return the status and the decoded JSON of the answer."""
     status, body = ask(
         server, "POST", path, json.dumps(fields).encode(), {"content-type": "application/json"}
     )

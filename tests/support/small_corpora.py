@@ -34,7 +34,10 @@ SPELLED = {"deu_Latn": "de", "eng_Latn": "en", "fra_Latn": "fr", "por_Latn": "fr
 
 
 def sentence(code: str, number: int, words: int = 5) -> str:
-    """The translation of sentence ``number`` into a made language: the same words for the same number."""
+    """Return the translation of sentence ``number`` into a made-up language.
+
+    The same code and number always give the same words.
+    """
     chance = random.Random(f"{code}{number}")
     return (
         " ".join(
@@ -49,7 +52,7 @@ def pairs(first: str, second: str, count: int, start: int = 0) -> list[tuple[str
 
 
 def write_fetched(directory: Path, name: str, bitexts: dict[str, list[tuple[str, str]]]) -> None:
-    """A folder as ``fetch`` leaves it."""
+    """Write a corpus folder as ``fetch`` leaves it."""
     folder = directory / "corpora" / name
     folder.mkdir(parents=True, exist_ok=True)
     for bitext, content in bitexts.items():
@@ -59,7 +62,7 @@ def write_fetched(directory: Path, name: str, bitexts: dict[str, list[tuple[str,
 
 
 def found(path: Path, format: Any, *bitexts: str, **given: str) -> list[TextPart]:
-    """What a corpus of local files has for bitexts."""
+    """Return the parts that a corpus of local files has for bitexts."""
     return find_parts([Corpus(path=path, format=format, **given)], path, bitexts)
 
 
@@ -92,7 +95,10 @@ def write_three_bitexts(directory: Path, count: int = 300) -> None:
 
 
 def clean_parts(folder: Path, name: str, parts: list[TextPart], **settings: int) -> Bitext:
-    """A bitext after cleaning, whose shards are kept beside ``folder``'s text."""
+    """Index and clean the parts of a bitext, drop its exact copies, and return it.
+
+    The cleaned shards are in a work folder in ``folder``.
+    """
     work, bitext = Work(folder / "prepared", FUNCTIONS).folder, Bitext(name, folder / name)
     for stage in ("index", "clean"):
         (work / stage).mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,10 @@ def clean_parts(folder: Path, name: str, parts: list[TextPart], **settings: int)
 
 
 def made_bitext(folder: Path, name: str, keys: list[tuple[int, int]], shard: int = 2) -> Bitext:
-    """A bitext as cleaning leaves it, of different pairs with these keys, in shards."""
+    """Return a bitext as cleaning leaves it, in shards of ``shard`` pairs.
+
+    All pairs are different. ``keys`` are the keys of both sides of each pair.
+    """
     bitext = Bitext(name, folder / name)
     for start in range(0, len(keys), shard):
         piece = Piece(bitext.folder / str(start), start, len(keys[start : start + shard]))

@@ -43,8 +43,9 @@ CONFIG = {
 
 
 def pieces_of(kind: str) -> bytes:
-    """A sentencepiece model as those of M2M-100 and NLLB: ids 0 to 2 <unk>, <s>, </s>; text is normalized by
-    it.
+    """Train a sentencepiece model like those of M2M-100 and NLLB, and return its bytes.
+
+    Ids 0 to 2 are <unk>, <s> and </s>; the model normalizes text.
     """
     chosen, model = random.Random(3), io.BytesIO()
     letters = ("bdfgklmnprst", "aeiouäéжが")

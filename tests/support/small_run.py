@@ -116,7 +116,7 @@ def train_and_save(topology: Any, recipe: Recipe, run: Path, vocabulary: int) ->
 def make_run(
     pool: Any, folder: Path, encoder: dict | None, decoder: dict | None, world: int = 1, **layout: Any
 ) -> tuple[Path, list[Any]]:
-    """Prepares, trains and saves below ``folder``; returns the run and the weights of its ranks."""
+    """Prepare data, train and save below ``folder``; return the run and the weights of its ranks."""
     from lsmoe_ds.checkpoint.run_folder import open_run
     from lsmoe_ds.data.prepare import prepare
 

@@ -40,7 +40,7 @@ class PlayedRun:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that a played wandb has begun."""
+    """Replace wandb by a stub, and return the list of the runs that it has begun."""
     begun: list[PlayedRun] = []
 
     def init(**options) -> PlayedRun:

@@ -27,7 +27,7 @@ LIMIT, EPSILON, RATE = 0.5, 0.1, 0.005
 
 
 def half(routing: str, tensor: int, expert: int, stage: int, **further: Any) -> Recipe:
-    """A recipe in bfloat16 without decay and auxiliary losses."""
+    """Return a recipe in bfloat16, without weight decay and without auxiliary losses."""
     recipe = recipe_of(routing, tensor, expert, stage, clip=LIMIT, decay=0.0)
     for _, _, moe in recipe.model.moe_layers():
         moe.balance_loss_weight = moe.z_loss_weight = 0.0
@@ -169,7 +169,7 @@ def test_all_gradients_at_once_are_found_as_they_are_one_by_one(pool, routing, w
 
 
 def batch_of(recipe: Recipe, sentences: int) -> PairBatch:
-    """The same sentence so many times: its gradients are all alike, and their sum grows with each."""
+    """Return a batch of one sentence repeated: its gradients are all equal, so their sum grows with each."""
     batch = ragged_batch(torch.Generator().manual_seed(5), recipe, 1)
     names = (field.name for field in fields(batch))
     return PairBatch(*(getattr(batch, name).repeat_interleave(sentences, 0) for name in names))
@@ -187,8 +187,10 @@ def step_of_many(topology, recipe: Recipe):
 
 @pytest.fixture(scope="module")
 def in_one() -> dict[str, Tensor]:
-    """The gradients of all sentences in one batch: in float32, since on a CPU torch's own sums over the rows
-    of a bfloat16 batch are in bfloat16. The weights are numbers that bfloat16 has.
+    """Return the gradients of all sentences in one batch, computed in float32.
+
+    In bfloat16, torch's own sums over the rows of a batch on a CPU would be in bfloat16. The weights are
+    rounded to values that bfloat16 has.
     """
     recipe = half("dense", 1, 1, 1)
     model, batch = Transformer(recipe, VOCABULARY), batch_of(recipe, MANY)

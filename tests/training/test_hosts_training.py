@@ -173,7 +173,7 @@ def test_it_is_evaluated_by_a_route_of_its_own(run):
 
 @pytest.fixture(scope="module")
 def learned(pool, base, run):
-    """A run in which two directions train nothing but their weights of the matrices of :func:`run`."""
+    """Train only the weights by which two directions merge the matrices of :func:`run`; return the run."""
     convert(run, "consolidated", None, base / "start", check=0)
     recipe = host_recipe(base, base / "host", rank=2, index="modular", at="all", merge="learned")
     recipe.training.start_from, recipe.training.trainable = base / "start", ["decoder_low_rank.index"]

@@ -19,7 +19,7 @@ def records(run: Path) -> list[dict]:
 
 @pytest.fixture
 def clock():
-    """A clock that stands still; its hands are moved by hand."""
+    """Yield a stub of the clock, which stands still until a test sets its ``return_value``."""
     with mock.patch.object(module.time, "perf_counter") as now:
         now.return_value = 100.0
         yield now

@@ -28,7 +28,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def in_float16(folder: Path, expert: int = 1, stage: int = 1, scale: int = SCALE, **training) -> Recipe:
-    """A recipe of twelve steps with a checkpoint after each, at whose first overflow the scale falls."""
+    """Return a recipe in float16, of twelve steps with a checkpoint after each.
+
+    The loss scale starts at 2^``scale`` and falls at the first overflow.
+    """
     recipe = recipe_in(folder, steps=STEPS, every=1, moe=TOKEN_TOP2, expert=expert, stage=stage)
     settings = {"keep": 99, "validate_every": 0, "learning_rate": 0.01, "warmup": 1, **training}
     recipe.training = recipe.training.model_copy(update=settings)

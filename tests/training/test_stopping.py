@@ -17,6 +17,7 @@ from lsmoe_ds.config.recipe import EarlyStopping, Recipe
 from lsmoe_ds.data.prepare import prepare
 from lsmoe_ds.study import command
 from lsmoe_ds.study.command import run_study
+from lsmoe_ds.training.loop import _find_best
 from lsmoe_ds.training.stopping import Stopping
 
 
@@ -166,6 +167,20 @@ def test_every_rank_stops_and_the_best_checkpoint_is_named(pool, folder):
     said = pool.run(2, with_dev_losses, recipe, run)[0]
     assert steps_of(run) == ["step-4", "step-8"]
     assert said[-1].endswith(f"; the best weights are in {run / 'checkpoints' / 'step-4'}")
+
+
+def test_an_improvement_that_is_too_small_to_count_may_be_the_best(tmp_path):
+    """With ``min_delta`` the count goes on from step 4, but the checkpoint of step 6 is better."""
+    for step, loss in ((2, 3.0), (6, 1.9), (8, 2.5)):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"dev_loss": loss, "dev_chrf": 10 * loss}))
+    stopping = Stopping(EarlyStopping(patience=2, min_delta=0.5), best=2.0, step=4, waited=2)
+    assert _find_best(tmp_path, stopping) == f"; the best weights are in {tmp_path}/checkpoints/step-6"
+    by_chrf = Stopping(EarlyStopping(patience=2, metric="chrf"), best=29.0, step=4, waited=2)
+    assert _find_best(tmp_path, by_chrf) == f"; the best weights are in {tmp_path}/checkpoints/step-2"
+    by_chrf.best = 31.0
+    assert "no checkpoint has the weights of step 4" in _find_best(tmp_path, by_chrf)
 
 
 def test_a_study_takes_a_training_that_has_stopped_for_complete(tmp_path):

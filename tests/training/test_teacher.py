@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_the_equation(smoothing, weight):
 
 
 def with_teacher(topology, recipe: Recipe):
-    """What :func:`support.sameness.train` returns, of a model that learns from a random teacher."""
+    """Train a model that learns from a random teacher; return what :func:`support.sameness.train` returns."""
     from lsmoe_ds.model.initialization import initialize
     from lsmoe_ds.model.transformer import Transformer
     from lsmoe_ds.parallel.layers import project

@@ -44,6 +44,15 @@ def test_what_is_frozen_takes_less(tmp_path):
     assert taken[1] == 60 * planned.source_training + 60 * planned.target_training < taken[0]
 
 
+def test_layers_that_are_computed_again_count_once(tmp_path):
+    """Utilization is of the FLOPs that the model needs; those of the plan include the second computation."""
+    once, again = recipe_in(tmp_path), recipe_in(tmp_path)
+    again.training.activation_checkpointing = True
+    assert flops(again, 6).source_training > flops(once, 6).source_training
+    taken = [Throughput(recipe, 1, None).flops(Work() + STEP) for recipe in (once, again)]
+    assert taken[0] == taken[1]
+
+
 def test_counting_leaves_the_random_numbers_of_the_training_alone(tmp_path, monkeypatch):
     def drawing(recipe):
         torch.rand(3)

@@ -33,8 +33,9 @@ def lines_of(
     first: int = 0,
     pauses: dict[int, float] | None = None,
 ) -> list[str]:
-    """The lines of a training whose step N has loss N, 10 x N target tokens, as many source tokens, and takes
-    `seconds`.
+    """Return the log lines of an invented training whose steps take ``seconds``.
+
+    Step N has loss N, 10 x N target tokens and as many source tokens.
     """
     steps = first + len(seconds)
     traffic = {"encoder": Traffic(0, 0, 0.0), "decoder": Traffic(0, 0, 0.0)}
