@@ -85,13 +85,14 @@ def plan(
         raise UserError(f"--device is {device!r}, but known are {', '.join(DEVICES)}")
     if memory is not None:
         kind = replace(kind, memory=read_bytes("--memory", memory))
-    found = find_fits(loaded, Cluster(gpus, node, kind, read_bytes("--network", network), efficiency))
+    cluster = Cluster(gpus, node, kind, read_bytes("--network", network), efficiency)
+    found = find_fits(loaded, cluster)
     if out is not None:
         write_whole(out, found[0].recipe.to_yaml())
     if as_json:
         print_json({"layouts": [each.to_dict() for each in found]})
     else:
-        show_table(table_of(found))
+        show_table(table_of(found, cluster))
         if out is not None:
             print(out)
 

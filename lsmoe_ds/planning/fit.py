@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ROWS = 10  # most rows of the table
+SENTENCES = 2  # of the greatest length, that a batch has room for
 PRECISION, VALUE = "bfloat16", VALUE_BYTES["bfloat16"]
 USABLE = 0.95  # the usable share of a GPU's memory
 # The share of a step that two chunks must save: more messages and kernels cost time that is not estimated.
@@ -200,14 +201,19 @@ def _speed(fit: Fit) -> tuple[float, int]:
     return fit.times.step, fit.memory.gpu_peak
 
 
-def table_of(fits: Sequence[Fit]) -> Table:
+def table_of(fits: Sequence[Fit], cluster: Cluster) -> Table:
     """Return a table of the fastest fit of each layout, with at most ROWS rows."""
     from rich.table import Table
 
     parts = ("compute", "dispatch", "tensor", "gradients", "optimizer", "step")
     batch = fits[0].recipe.data.batch
-    title = f"{fits[0].recipe.name}: {batch.tokens * batch.count:,} tokens a step, in bfloat16; milliseconds"
-    made = Table(title=title, title_justify="left")
+    gpus, node = counted(cluster.gpus, "GPU"), cluster.node
+    title = (
+        f"{fits[0].recipe.name}: {batch.tokens * batch.count:,} tokens a step, in bfloat16; milliseconds on "
+        f"{gpus} of {cluster.device.memory / 1e9:.3g} GB, {node} in a machine, "
+        f"{cluster.network_rate / 1e9:.3g} GB/s between machines, at {cluster.efficiency:.0%} of the peak"
+    )
+    made = Table(title=title, title_justify="left", caption_justify="left")
     layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens")
     lends = any(each.replicas for each in fits)
     cuts = any(max(each.chunks.values(), default=1) > 1 for each in fits)
@@ -217,6 +223,8 @@ def table_of(fits: Sequence[Fit]) -> Table:
     best: dict[tuple[int, int], Fit] = {}
     for each in fits:
         best.setdefault((each.recipe.parallel.tensor, each.recipe.parallel.expert), each)
+    if len(best) > ROWS:
+        made.caption = f"the fastest {ROWS} of {len(best)} layouts; --json has all"
     for (tensor, expert), each in list(best.items())[:ROWS]:
         size, times = each.recipe.data.batch, asdict(each.times) | {"step": each.times.step}
         made.add_row(
@@ -226,10 +234,15 @@ def table_of(fits: Sequence[Fit]) -> Table:
             *[", ".join(sorted({task for tasks in each.replicas.values() for task in tasks})) or "-"] * lends,
             *[_chunks_of(each)] * cuts,
             f"{each.memory.gpu_peak / 1e9:.1f} GB",
-            *(f"{1e3 * times[part]:.3g}" for part in parts),
+            *(_milliseconds(times[part]) for part in parts),
             human(each.tokens_per_second),
         )
     return made
+
+
+def _milliseconds(seconds: float) -> str:
+    """Format a time in milliseconds with three digits, or as a whole number."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
 
 
 def _chunks_of(fit: Fit) -> str:
@@ -242,19 +255,14 @@ def _chunks_of(fit: Fit) -> str:
 
 def _check_tokens(recipe: Recipe, cluster: Cluster) -> None:
     """Raise UserError if a step has too few tokens for the GPUs in every layout."""
-    batch = recipe.data.batch
+    batch, least = recipe.data.batch, SENTENCES * recipe.data.batch.max_length
     ranks = min(cluster.gpus // layout["tensor"] for layout in _layouts(recipe, cluster))
-    if batch.tokens * batch.count < ranks * _least_tokens(recipe):
+    if batch.tokens * batch.count < ranks * least:
         raise UserError(
             f"a step of {batch.tokens * batch.count:,} tokens is too small for "
-            f"{counted(cluster.gpus, 'GPU')}: each batch needs {_least_tokens(recipe):,} (twice "
+            f"{counted(cluster.gpus, 'GPU')}: each batch needs {least:,} (twice "
             "data.batch.max_length). Give fewer GPUs, raise data.batch.count, or lower data.batch.max_length"
         )
-
-
-def _least_tokens(recipe: Recipe) -> int:
-    """Return the fewest tokens of a batch that --fit proposes: two sentences of the greatest length."""
-    return 2 * recipe.data.batch.max_length
 
 
 def _powers_of_two(limit: int) -> Iterator[int]:
@@ -280,7 +288,7 @@ def _with(
     """Return the recipe in a layout, with its step divided for it; None if that is impossible."""
     count = cluster.gpus // layout["tensor"] * accumulation
     tokens = recipe.data.batch.tokens * recipe.data.batch.count // count
-    if tokens < _least_tokens(recipe):
+    if tokens < SENTENCES * recipe.data.batch.max_length:
         return None
     given = recipe.deepspeed if isinstance(recipe.deepspeed, dict) else {}
     zero = {**given.get("zero_optimization", {}), "stage": stage}

@@ -132,11 +132,15 @@ def test_chunks_are_proposed_where_they_save_a_twentieth_of_a_step(recipe):
         spread = [each for each in found if each.recipe.parallel.expert == 4]
         assert spread and {n for each in spread for n in each.chunks.values()} == proposed
         assert all(n == 1 for each in found if each.recipe.parallel.expert == 1 for n in each.chunks.values())
-        assert ("moe.chunks" in {each.header for each in table_of(found).columns}) == (2 in proposed)
+        assert ("moe.chunks" in {each.header for each in table_of(found, cluster(4)).columns}) == (
+            2 in proposed
+        )
     asked = load_recipe(BIG, [*base(), *(f"model.{side}.moe.chunks=3" for side in ("encoder", "decoder"))])
     assert all(set(each.chunks.values()) == {3} for each in find_fits(asked, cluster(4)))
     asked = load_recipe(BIG, [*base(), "model.decoder.moe.chunks=3"])
-    columns = {each.header: list(each.cells) for each in table_of(find_fits(asked, cluster(4))).columns}
+    columns = {
+        each.header: list(each.cells) for each in table_of(find_fits(asked, cluster(4)), cluster(4)).columns
+    }
     rows = list(zip(columns["parallel.expert"], columns["moe.chunks"], strict=True))
     assert {("1", "-"), ("4", "1 / 3")} <= set(rows)
     assert all((ranks == "1") == (n == "-") for ranks, n in rows)
@@ -160,7 +164,7 @@ def test_a_layout_that_does_not_fit_is_tried_with_activation_checkpointing():
         assert each.memory.activations < without.activations and each.memory.gpu_peak <= limit
         assert each.to_dict()["activation_checkpointing"]
     for fits, said in ((largest, {"no"}), (found, {"yes"})):
-        (column,) = (each for each in table_of(fits).columns if each.header == "checkpointing")
+        (column,) = (each for each in table_of(fits, given).columns if each.header == "checkpointing")
         assert set(column.cells) == said
 
 
