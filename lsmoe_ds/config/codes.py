@@ -169,7 +169,7 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
         places.append(("data.max_pairs", data, dict, reader.code))
         for side in ("encoder", "decoder"):
             moe = _section(_section(model, side), "moe")
-            expert = reader.task if moe.get("task") == "pair" else reader.code
+            expert = reader.task if moe.get("task") == "pair" else _no_direction(reader.code, data)
             places.append((f"model.{side}.moe.replicas", moe, list, expert))
         groups = _section(data, "groups")
         places += [(f"data.groups.{name}", groups, list, reader.code) for name in groups]
@@ -204,6 +204,23 @@ def resolve_codes(recipe: Mapping[str, Any], own: Iterable[str] = ()) -> tuple[s
             except UserError as error:
                 return key, str(error)
     return _wrong_code_of_corpora(data.get("corpora"))
+
+
+def _no_direction(read: Callable[[str], str], data: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return a reader of codes that raises UserError for a direction between two of the data's languages,
+    which it would otherwise read as a language of a region.
+    """
+
+    def read_language(text: str) -> str:
+        languages, parts = data.get("languages"), text.split("-")
+        known = [*languages, "en"] if isinstance(languages, list) else []  # English may be left out
+        if len(parts) == 2 and all(part in known for part in parts):
+            raise UserError(
+                f"'{text}' is a direction, but the tasks of this side are languages, as {parts[1]}"
+            )
+        return read(text)
+
+    return read_language
 
 
 def _or_group(read: Callable[[str], str]) -> Callable[[str], str]:

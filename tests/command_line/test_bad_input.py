@@ -153,6 +153,7 @@ CASES: list[tuple[str, Change, list[str], str]] = [
     ("unknown routing", recipe(lambda r: r["model"]["encoder"]["moe"].update(routing="magic")), TRAIN, "should be token, sentence, task or static, found 'magic'"),
     ("replicas of tokens", recipe(lambda r: r["model"]["encoder"]["moe"].update(replicas="auto", routing="token")), TRAIN, "'replicas' is auto, but with 'routing: token' no task has experts of its own"),
     ("replicas of no task", recipe(lambda r: r["model"]["decoder"]["moe"].update(replicas=["uk"], task="target")), TRAIN, "'model.decoder.moe.replicas': language 'uk' is not in this system"),
+    ("replicas of a direction", recipe(lambda r: r["model"]["decoder"]["moe"].update(replicas=["en-de"], task="target")), TRAIN, "'en-de' is a direction, but the tasks of this side are languages, as de"),
     ("groups do not fit", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=3)), TRAIN, "which does not divide the 4 experts"),
     ("groups of tokens", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=2, routing="token")), TRAIN, "there are no tasks to assign"),
     ("top-k beyond a group", recipe(lambda r: r["model"]["encoder"]["moe"].update(expert_groups=4)), TRAIN, "more than the 1 expert of a group"),
