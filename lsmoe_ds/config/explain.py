@@ -209,7 +209,7 @@ def _options(at: At, places: Places, where: str, message: str = "") -> str:
     """Return `` with OPTIONS`` if options set something below ``at``, and the error about all of ``at`` names
     another place.
 
-    Only the options come whose keys the message names best.
+    If the message names keys of some options, only those with the most of them are cited.
     """
     words = set(re.findall(r"\w+", message))
     below = {

@@ -13,7 +13,7 @@ from lsmoe_ds.inference.engine import Engine, own_direction
 from lsmoe_ds.inference.stream import in_chunks, telling
 from lsmoe_ds.languages import script
 
-BATCH_TOKENS = 10240  # of a batch, in all its hypotheses
+BATCH_TOKENS = 10240  # padded source tokens of a batch, counted once for each hypothesis of the beam
 LOGITS = 2**26  # limit of one step of a batch: 256 MiB
 
 # Where a line that is too long is cut, best places first: after sentences, after clauses, between words.

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def save_beside_training(topology, recipe, run: Path) -> None:
-    """Check that a checkpoint is written while training goes on, and that a full disk is an error.
+    """Check that training continues while a checkpoint is written, and that a full disk is an error.
 
     The next save waits for the one before. Syncing to disk waits until it is released, and it finds the disk
     full the third time.

@@ -64,7 +64,7 @@ def low_rank(run, fuse: bool, route: str) -> Loaded:
 def ending(sparse: Loaded) -> Loaded:
     """Make a model likelier to end a sentence and return it.
 
-    An untrained model goes on to the greatest length.
+    An untrained model would write up to the maximum length.
     """
     with torch.no_grad():
         end = sparse.model.embedding.tokens.weight[EOS]

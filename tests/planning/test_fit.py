@@ -256,7 +256,10 @@ def test_what_does_not_fit_is_said(recipe):
 
 
 def test_a_step_that_is_too_small_is_said(recipe):
-    """Of 64 GPUs, 32 have batches of their own if tensor parallelism is 2: 128 tokens each of 4,096."""
+    """Check that 64 GPUs have a layout and 128 have none.
+
+    With tensor parallelism 2, 64 GPUs share 32 batches, and each has the least number of tokens, 128.
+    """
     assert find_fits(recipe, cluster(64))
     with pytest.raises(UserError, match=r"4,096 tokens is too small for 128 GPUs: each batch needs 128 "):
         find_fits(recipe, cluster(128))

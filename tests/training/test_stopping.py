@@ -170,7 +170,10 @@ def test_every_rank_stops_and_the_best_checkpoint_is_named(pool, folder):
 
 
 def test_an_improvement_that_is_too_small_to_count_may_be_the_best(tmp_path):
-    """With ``min_delta`` the count goes on from step 4, but the checkpoint of step 6 is better."""
+    """Check that the best checkpoint is named, even if it improves by less than ``min_delta``.
+
+    The last improvement that counted was in step 4. The checkpoint of step 6 has a lower loss.
+    """
     for step, loss in ((2, 3.0), (6, 1.9), (8, 2.5)):
         folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
