@@ -48,7 +48,7 @@ def plan(
     from lsmoe_ds.config.host import tell_missing_weights
     from lsmoe_ds.convert.recipes import open_recipe
     from lsmoe_ds.data.vocabulary import read_vocabulary
-    from lsmoe_ds.folders import write_whole
+    from lsmoe_ds.folders import check_can_write, write_whole
     from lsmoe_ds.planning.devices import DEVICES
     from lsmoe_ds.planning.fit import Cluster, find_fits, table_of
     from lsmoe_ds.planning.plan import plan as make_plan
@@ -63,6 +63,8 @@ def plan(
             raise UserError(f"--{option} is for --fit: give both or none")
     if out is not None and out.exists():
         raise UserError(f"{out} exists: name a file that does not")
+    if out is not None:
+        check_can_write(out.absolute().parent, "name a file in another folder with --out", make=False)
     loaded = open_recipe(recipe, overrides or ())
     if (start := loaded.training.start_from) is not None:  # which may be on another machine
         try:

@@ -40,6 +40,8 @@ from lsmoe_ds.folders import (
     write_whole,
 )
 
+SECTION = "one"  # shown as the value of a section that only one of two recipes has
+
 # Keys that may change when a run is resumed: they affect neither the model nor earlier steps.
 MAY_CHANGE = {
     "data.directory",
@@ -131,7 +133,7 @@ def has_trained(run: Path) -> bool:
 def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Yield each key that differs between recipes, with both values, unless a resumed run may change it.
 
-    A section that only one recipe has, such as a method, counts as one key with the value "one".
+    A section that only one recipe has, such as a method, counts as one key with the value ``SECTION``.
     """
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
     told: set[str] = set()
@@ -146,14 +148,15 @@ def find_changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
             yield key, old.get(key), new.get(key)
         elif section not in told:
             told.add(section)
-            yield section, *((None, "one") if section in old else ("one", None))
+            yield section, *((None, SECTION) if section in old else (SECTION, None))
 
 
 def _differs(key: str, before: Any, now: Any) -> str:
     """Describe a change that :func:`find_changes` has found."""
     if before is None:
         return f"without {key}, the recipe now has {now}"
-    return f"with {key} {before}, the recipe now has {'none' if now is None else now}"
+    value = "" if before == SECTION else f" {before}"
+    return f"with {key}{value}, the recipe now has {'none' if now is None else now}"
 
 
 def _is_begun(path: Path, vocabulary: Path) -> bool:

@@ -42,6 +42,7 @@ class Place:
 Places = dict[At, Place]
 
 MOST_OPTIONS = 3  # that an error repeats
+MOST_PLACES = 3  # that an error suggests for a key
 
 # The types of errors about a value's own type, not about its content: each member of a union reports one.
 KINDS = {KIND, "none_required", "int_from_float", "finite_number", "int_parsing_size", "is_instance_of"} | {
@@ -85,7 +86,7 @@ def explain(
     where = _where(at, path, places)
     if first["type"] == "extra_forbidden":
         known = allowed_keys(at[:-1], section)
-        guess = nearest(at[-1], known)
+        guess = nearest(at[-1], known) or _elsewhere(at[-1], section)
         more = f"; methods of your own are found by {VARIABLE}" if at[:-1] == ("model",) and not guess else ""
         allowed = _shorten(known) if guess else ", ".join(known)
         return f"{where}: unknown key {name(at)}{guess}; allowed here: {allowed}{more}"
@@ -241,6 +242,24 @@ def allowed_keys(at: At, section: type[Section]) -> list[str]:
     """Return the keys that are allowed at a place."""
     found = is_section(_annotation(at, section))
     return list(found.model_fields) if found else []
+
+
+def _elsewhere(key: str, section: type[Section]) -> str:
+    """Return `` (did you mean 'training.steps'?)`` for the key ``steps`` of another section, or an empty text.
+
+    Of several places, those nearest to the recipe's top level are named, unless there are too many to help.
+    """
+    level: list[tuple[At, type[Section]]] = [((), section)]
+    while level:
+        if places := [name((*at, key)) for at, each in level if key in each.model_fields]:
+            return f" (did you mean {_one_of(places)}?)" if len(places) <= MOST_PLACES else ""
+        level = [
+            ((*at, inner), found)
+            for at, each in level
+            for inner, field in each.model_fields.items()
+            if (found := is_section(field.annotation)) is not None
+        ]
+    return ""
 
 
 def _renamed(at: At, section: type[Section]) -> str | None:

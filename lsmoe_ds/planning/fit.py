@@ -214,10 +214,10 @@ def table_of(fits: Sequence[Fit], cluster: Cluster) -> Table:
         f"{cluster.network_rate / 1e9:.3g} GB/s between machines, at {cluster.efficiency:.0%} of the peak"
     )
     made = Table(title=title, title_justify="left", caption_justify="left")
-    layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batch.count", "batch.tokens")
+    layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batches", "tokens each")
     lends = any(each.replicas for each in fits)
     cuts = any(max(each.chunks.values(), default=1) > 1 for each in fits)
-    more = ["replicas of"] * lends + ["moe.chunks"] * cuts
+    more = ["replicas of"] * lends + ["chunks"] * cuts
     for column in (*layout, "checkpointing", *more, "peak", *parts, "tokens / s"):
         made.add_column(column, justify="right")
     best: dict[tuple[int, int], Fit] = {}

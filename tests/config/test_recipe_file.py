@@ -284,6 +284,8 @@ def test_tabs_are_named(tmp_path):
             "'training.steps' is 1,000, but a comma ends a number in braces: write digits only",
         ),
         ("a=[", "'[' is not a YAML value"),
+        ("steps=3", "unknown key 'steps' (did you mean 'training.steps'?); allowed here: name, data, "),
+        ("data.experts=4", "unknown key 'data.experts' (did you mean 'model.encoder.moe.experts' or "),
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),
     ],

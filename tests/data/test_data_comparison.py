@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.small_corpora import pairs, recipe, write_fetched, write_lines, write_three_bitexts
+from support.starts import changed
 
 from lsmoe_ds.checkpoint.run_folder import check_run, open_run
 from lsmoe_ds.checkpoint.stored import find_model
@@ -186,6 +187,20 @@ def test_an_old_run_is_resumed_under_a_name_for_its_data(made: Path) -> None:
     (made / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"was started with name small, the recipe now has variant"):
         check_run(recipe(made, "variant", name="small"), made / "run", vocabulary)
+
+
+def test_a_section_that_a_resumed_run_lacks_is_named(made: Path) -> None:
+    vocabulary = made / "vocabulary.model"
+    plain, averaged = recipe(made), changed(recipe(made), training={"ema": {}})
+    for begun, now, said in (
+        (plain, averaged, "without training.ema, the recipe now has one"),
+        (averaged, plain, "with training.ema, the recipe now has none"),
+    ):
+        run = made / ("averaged" if begun is averaged else "plain")
+        open_run(begun, run, vocabulary)
+        (run / "metrics.jsonl").write_text('{"step": 1}\n')
+        with pytest.raises(UserError, match=f"was started {said}: set it back"):
+            check_run(now, run, vocabulary)
 
 
 def again(root: Path, start: int) -> None:

@@ -132,7 +132,7 @@ def test_chunks_are_proposed_where_they_save_a_twentieth_of_a_step(recipe):
         spread = [each for each in found if each.recipe.parallel.expert == 4]
         assert spread and {n for each in spread for n in each.chunks.values()} == proposed
         assert all(n == 1 for each in found if each.recipe.parallel.expert == 1 for n in each.chunks.values())
-        assert ("moe.chunks" in {each.header for each in table_of(found, cluster(4)).columns}) == (
+        assert ("chunks" in {each.header for each in table_of(found, cluster(4)).columns}) == (
             2 in proposed
         )
     asked = load_recipe(BIG, [*base(), *(f"model.{side}.moe.chunks=3" for side in ("encoder", "decoder"))])
@@ -141,7 +141,7 @@ def test_chunks_are_proposed_where_they_save_a_twentieth_of_a_step(recipe):
     columns = {
         each.header: list(each.cells) for each in table_of(find_fits(asked, cluster(4)), cluster(4)).columns
     }
-    rows = list(zip(columns["parallel.expert"], columns["moe.chunks"], strict=True))
+    rows = list(zip(columns["parallel.expert"], columns["chunks"], strict=True))
     assert {("1", "-"), ("4", "1 / 3")} <= set(rows)
     assert all((ranks == "1") == (n == "-") for ranks, n in rows)
 
@@ -246,6 +246,7 @@ def test_the_command_writes_the_fastest_recipe(tmp_path, changes, options, again
     assert written.training.activation_checkpointing == fastest["activation_checkpointing"] == again
     table = run_plan(BIG, *sets, "--fit", "--gpus", "4").stdout
     assert "parallel.expert" in table and "tokens / s" in table
+    assert "tokens a step, in bfloat16; milliseconds on 4 GPUs of 80 GB, 8 in a machine" in table
 
 
 def test_what_does_not_fit_is_said(recipe):
@@ -281,6 +282,10 @@ def test_a_step_that_is_too_small_is_said(recipe):
         (["--memory", "fuzz"], "--memory is for --fit: give both or none"),
         (["--efficiency", "0.4"], "--efficiency is for --fit: give both or none"),
         (["--fit", "--gpus", "4", "--out", BIG], f"{BIG} exists"),
+        (
+            ["--fit", "--gpus", "4", "--out", "no/fits.yaml"],
+            "no cannot be written (No such file or directory): name a file in another folder with --out",
+        ),
     ],
 )
 def test_bad_input(options, said):
