@@ -245,7 +245,7 @@ def allowed_keys(at: At, section: type[Section]) -> list[str]:
 
 
 def _elsewhere(key: str, section: type[Section]) -> str:
-    """Return `` (did you mean 'training.steps'?)`` for the key ``steps`` of another section, or an empty text.
+    """Return `` (did you mean 'training.steps'?)`` for the key ``steps`` of another section, or nothing.
 
     Of several places, those nearest to the recipe's top level are named, unless there are too many to help.
     """
