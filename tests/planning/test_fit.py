@@ -132,9 +132,7 @@ def test_chunks_are_proposed_where_they_save_a_twentieth_of_a_step(recipe):
         spread = [each for each in found if each.recipe.parallel.expert == 4]
         assert spread and {n for each in spread for n in each.chunks.values()} == proposed
         assert all(n == 1 for each in found if each.recipe.parallel.expert == 1 for n in each.chunks.values())
-        assert ("chunks" in {each.header for each in table_of(found, cluster(4)).columns}) == (
-            2 in proposed
-        )
+        assert ("chunks" in {each.header for each in table_of(found, cluster(4)).columns}) == (2 in proposed)
     asked = load_recipe(BIG, [*base(), *(f"model.{side}.moe.chunks=3" for side in ("encoder", "decoder"))])
     assert all(set(each.chunks.values()) == {3} for each in find_fits(asked, cluster(4)))
     asked = load_recipe(BIG, [*base(), "model.decoder.moe.chunks=3"])
