@@ -142,6 +142,11 @@ def translate_corpus(
             notice(f"the corpus {out} is there already")
             work.finish()
             return done
+        if done is not None:
+            before = done.get("settings", {})
+            changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+            other = f"{out} has a corpus with another {', '.join(changed)}"
+            notice(f"{other}: it is replaced once this one is complete")
         return _lead(stored, directions, out, asked, how, settings, work, Workers(processes))
 
     def check(theirs: dict[str, Any] | None) -> None:

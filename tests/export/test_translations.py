@@ -204,7 +204,9 @@ def test_a_text_that_changes_is_translated_anew(run, tmp_path, capsys):
     for lines, again in ((["ba de fi"], False), (["ba de fi"], True), (["ko la mi"], False)):
         text.write_text("".join(f"{line}\n" for line in lines))
         made = translate_corpus(run, out, Asked((EN_DE,), text), QUICK, 0)
-        assert ("is there already" in capsys.readouterr().err) == again
+        said = capsys.readouterr().err
+        assert ("is there already" in said) == again
+        assert ("has a corpus with another text: it is replaced" in said) == (lines == ["ko la mi"])
         assert [row[0] for row in rows_of(out, "en-de")] == lines[: made["pairs"]["en-de"]]
 
 
