@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.notices import counted
+from lsmoe_ds.notices import counted, listed
 
 BLOCK = 1 << 20
 # Errors that a wrong path can cause; these become a UserError. Others are faults of the program or the
@@ -88,6 +88,15 @@ def damage(folder: Path, files: Any, verify: bool) -> str | None:
         if verify and sha256(path) != expected["sha256"]:
             return f"{path} is not what was written (its sha256 differs)"
     return None
+
+
+def check_nothing_lost(folder: Path, ours: Iterable[str], instead: str) -> None:
+    """Raise UserError, which suggests ``instead``, if a folder to replace has other files than ``ours``."""
+    known = {name.split("/")[0] for name in ours}
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in known):
+        raise UserError(
+            f"{folder} holds {listed(others)}, which would be lost: {instead}, or remove this one"
+        )
 
 
 def checker(folder: Path, files: dict[str, dict[str, Any]]) -> Callable[[Path], None]:

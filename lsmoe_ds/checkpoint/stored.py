@@ -39,6 +39,7 @@ from lsmoe_ds.data.comparison import check_vocabulary, read_origin
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import (
     check_can_write,
+    check_nothing_lost,
     checker,
     damage,
     describe_files,
@@ -50,7 +51,7 @@ from lsmoe_ds.folders import (
     replaced,
     write_json,
 )
-from lsmoe_ds.notices import counted, listed, notice
+from lsmoe_ds.notices import counted, notice
 
 RECIPE, VOCABULARY, PROVENANCE = "recipe.yaml", "vocabulary.model", "provenance.json"
 READABLE = ("sparse", "consolidated", "hybrid", "dense", "huggingface")  # kinds whose weights are read here
@@ -336,11 +337,6 @@ def check_writable(out: Path) -> None:
             raise UserError(
                 f"{out} is not empty and was not made by `lsmoe convert`: choose another folder with --out"
             )
-        files = provenance.get("files")
-        ours = {*(name.split("/")[0] for name in files or ()), PROVENANCE, CARD}
-        if others := sorted(path.name for path in out.iterdir() if path.name not in ours):
-            raise UserError(
-                f"{out} holds {listed(others)}, which would be lost: choose another folder with --out, or "
-                "remove this one"
-            )
+        ours = [*(provenance.get("files") or ()), PROVENANCE, CARD]
+        check_nothing_lost(out, ours, "choose another folder with --out")
     check_can_write(out.absolute().parent, "choose another folder with --out")

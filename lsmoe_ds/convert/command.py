@@ -106,7 +106,7 @@ def convert(
         )
         known = f"choose {', '.join(KINDS[:-1])} or {KINDS[-1]}"
         raise UserError(f"'{to}' is nothing to convert to{nearest(to, KINDS)}: {known}{language}")
-    options = {name: value for name, value in options.items() if value}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
     for name in options:
         if to not in OPTIONS[name].split(" or "):
             option = name.replace("_", "-")
@@ -164,13 +164,14 @@ def convert(
         made = made | {"base": refer(base or out / BASE, out, out)}
     else:
         fewer = options.pop("keep", None), options.pop("experts", None)
+        prunes = any(each is not None for each in fewer)
         layers = list(expert_layers(stored.recipe.model, route))
         as_nllb_moe = to == "huggingface" and any(not moe.by_task for _, _, moe in layers)
-        if as_nllb_moe and not any(fewer):  # with fewer experts NLLB-MoE may have an equivalent
+        if as_nllb_moe and not prunes:  # with fewer experts NLLB-MoE may have an equivalent
             check_exportable(layers)
-        hybrid = to == "hybrid" or as_nllb_moe or any(fewer)
+        hybrid = to == "hybrid" or as_nllb_moe or prunes
         tensors, recipe, made = extract_stored(stored, direction, route, hybrid, average)
-        if any(fewer):
+        if prunes:
             tensors, recipe, said = _keep_experts(stored, average, tensors, recipe, *fewer)
             made |= {**said, "dense_parameters": tensors.numbers}
         if as_nllb_moe:

@@ -165,10 +165,12 @@ class Notices:
                 "for, since a set takes at most a tenth of a bitext's pairs and shares no sentence with the "
                 f"other: {listed(small)}"
             )
+        translated = self.data.train_on is not None
+        left = "translations bring" if translated else "cleaning and holding out leave"
         untrained = [bitext for bitext in bitexts if not bitext.size("train")]
         for read, what in (
             (False, "there is no training text for"),
-            (True, "cleaning and holding out leave no training text of"),
+            (True, f"{left} no training text of"),
         ):
             if names := [bitext.name for bitext in untrained if bool(bitext.counts["read"]) == read]:
                 self.texts.append(f"warning: {what} {listed(names)}: these are only evaluated (zero-shot)")
@@ -179,8 +181,8 @@ class Notices:
             if way in directions and bitext.size("train") and not bitext.trained(None) + bitext.trained(way)
         ]:
             self.texts.append(
-                f"warning: there is text that a model has translated, but for other directions than "
-                f"{listed(one_way)}: these are only evaluated (zero-shot)"
+                f"warning: no translations train {listed(one_way)}, only the reverse direction: these are "
+                "only evaluated (zero-shot)"
             )
         if both := claims.in_both():
             are = f"{counted(both, 'sentence')} {'is' if both == 1 else 'are'}"

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from lsmoe_ds.checkpoint.run_folder import choose_run, find_changes
@@ -38,7 +39,7 @@ from lsmoe_ds.distill.start import first_weights
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import SAID, One
 from lsmoe_ds.export.translations import Asked, How, settings_of, translate_corpus
-from lsmoe_ds.folders import explain_errors, locked, read_json, resolved, write_whole
+from lsmoe_ds.folders import damage, explain_errors, locked, read_json, resolved, write_whole
 from lsmoe_ds.inference.load import check_direction
 from lsmoe_ds.notices import notice
 
@@ -46,6 +47,7 @@ Level = Literal["sequence", "word", "both"]
 LEVELS: tuple[Level, ...] = ("sequence", "word", "both")
 WRITTEN = "# Written by lsmoe distill.\n"
 DIGEST = "distilled_from"  # in the provenance of the first weights
+SHOWN = 60  # characters of a setting's value in an error
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,23 @@ def _check_begun(teacher: Stored, recipe: Recipe, made: Recipe, asked: Distillat
     if not stored.is_file():
         return
     advice = "set it back, or write to another folder with --out"
-    for key, before, now in find_changes(load_recipe(stored), made):
-        raise UserError(f"the student {student} was started with {key} {before}, it is now {now}: {advice}")
+    begun = load_recipe(stored)
+    if (level := _level(begun)) != _level(made):
+        raise UserError(f"the student {student} was started with --level {level}: {advice}")
+    for key, before, now in find_changes(begun, made):
+        was, is_now = (shorten(str(value), SHOWN, placeholder=" ...") for value in (before, now))
+        raise UserError(f"the student {student} was started with {key} {was}, it is now {is_now}: {advice}")
     weights = read_weights(teacher, asked.how.average)
     known = (read_json(_beside(student, "corpus") / CORPUS_PROVENANCE) or {}).get("settings")
     if asked.level != "word" and known is not None:
         wanted = json.loads(json.dumps(settings_of(teacher, weights, _asked(recipe, asked), asked.how)))
         for key in sorted(wanted):
             if known.get(key) != wanted[key]:
-                what = "another step of its teacher" if key == "model" else f"{key} {known.get(key)}"
+                what = f"{key} {known.get(key)}"
+                if key == "model":
+                    before = known.get(key) or {}
+                    same = before.get("name") == wanted[key]["name"]
+                    what = f"another {'step of its ' if same else ''}teacher"
                 raise UserError(
                     f"the student {student} was started on translations with {what}, not those that are "
                     f"asked for now: {advice}"
@@ -190,6 +200,13 @@ def _check_begun(teacher: Stored, recipe: Recipe, made: Recipe, asked: Distillat
                 f"the student {student} was started with other first weights (--experts, --average, or "
                 f"another step of its teacher): {advice}"
             )
+
+
+def _level(recipe: Recipe) -> str:
+    """Return the ``--level`` for which a student's complete recipe was made."""
+    if recipe.data.train_on is None:
+        return "word"
+    return "sequence" if recipe.training.teacher is None else "both"
 
 
 def _digest(weights: Weights, recipe: Recipe, asked: Distillation) -> str:
@@ -230,8 +247,11 @@ def _write_start(teacher: Stored, recipe: Recipe, made: Recipe, start: Path, ask
     average, whole = asked.how.average, read_weights(teacher, asked.how.average)
     size = Vocabulary.load(teacher.vocabulary).size
     digest = _digest(whole, recipe, asked)
-    if (read_json(start / PROVENANCE) or {}).get(DIGEST) == digest:
-        return notice(f"the first weights are in {start} already")
+    known = read_json(start / PROVENANCE) or {}
+    if known.get(DIGEST) == digest:
+        if (wrong := damage(start, known.get("files"), verify=True)) is None:
+            return notice(f"the first weights are in {start} already")
+        notice(f"{wrong}: the first weights are written again")
     weights, said = first_weights(teacher, whole, recipe, size, asked.experts, average)
     provenance = {"kind": "consolidated", **said, DIGEST: digest}
     write_folder(start, weights, _of_start(teacher, recipe, made), teacher.vocabulary, provenance)

@@ -45,7 +45,7 @@ class Keep:
             return cls(share=float(text))
         raise UserError(
             f"--keep is {text!r}: give the number of experts of a layer, as in 16, or the share of the use "
-            "that they cover, from 0.0 to 1.0, as in 0.95"
+            "that they cover, above 0 and up to 1.0, as in 0.95"
         )
 
     def count(self, uses: Sequence[Tensor], least: int) -> int:

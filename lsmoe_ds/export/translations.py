@@ -31,7 +31,16 @@ from lsmoe_ds.data.workers import Workers, cores
 from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.engine import load_engine
-from lsmoe_ds.folders import describe_files, read_json, replaced, resolved, write_json, write_whole
+from lsmoe_ds.folders import (
+    check_nothing_lost,
+    damage,
+    describe_files,
+    read_json,
+    replaced,
+    resolved,
+    write_json,
+    write_whole,
+)
 from lsmoe_ds.inference.beam_search import Search
 from lsmoe_ds.inference.engine import Engine
 from lsmoe_ds.inference.load import check_direction, check_route, known_direction
@@ -139,10 +148,12 @@ def translate_corpus(
     def lead() -> dict[str, Any]:
         done = read_json(out / PROVENANCE)
         if done is not None and done.get("settings") == settings:
-            notice(f"the corpus {out} is there already")
-            work.finish()
-            return done
-        if done is not None:
+            if (wrong := damage(out, done.get("files"), verify=True)) is None:
+                notice(f"the corpus {out} is there already")
+                work.finish()
+                return done
+            notice(f"{wrong}: everything is translated again")
+        elif done is not None:
             before = done.get("settings", {})
             changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
             other = f"{out} has a corpus with another {', '.join(changed)}"
@@ -189,10 +200,13 @@ def _check_ours(out: Path) -> None:
     """Raise UserError if a path holds anything but a corpus written here."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a folder for --corpus")
-    if out.is_dir() and any(out.iterdir()) and "translated_by" not in (read_json(out / PROVENANCE) or {}):
-        raise UserError(
-            f"{out} is not empty and was not made by `lsmoe translate --corpus`: choose another folder"
-        )
+    if out.is_dir() and any(out.iterdir()):
+        provenance = read_json(out / PROVENANCE) or {}
+        if "translated_by" not in provenance:
+            raise UserError(
+                f"{out} is not empty and was not made by `lsmoe translate --corpus`: choose another folder"
+            )
+        check_nothing_lost(out, [*(provenance.get("files") or ()), PROVENANCE], "choose another folder")
 
 
 def _lead(
@@ -211,18 +225,18 @@ def _lead(
         check_direction(stored.recipe, stored.kind, direction)
     check_route(how.route, stored.recipe)
     data = None if asked.text is not None else open_data(stored)
-    work.lead(settings)
     texts, left_out = {}, 0
     for direction in own:
         lines, missing = _source_lines(data, direction, asked)
         left_out += missing
-        if lines:
+        if any(lines):
             texts[direction] = lines
     if not texts:
         where = asked.text if data is None else f"the training text in {data.folder}"
         raise UserError(f"there is nothing to translate for {', '.join(map(str, own))}: {where} has no line")
     if none := [str(each) for each in own if each not in texts]:
         notice(f"there is no training text to translate for {', '.join(none)}")
+    work.lead(settings)
     (work.folder / TEXT).mkdir(exist_ok=True)
     tasks = {
         direction: list(_tasks(stored, direction, lines, asked.samples, how, settings["model"], work))

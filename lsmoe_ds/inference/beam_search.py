@@ -52,8 +52,8 @@ class Search:
             raise UserError(f"the beam is {self.beam}: it must be at least 1")
         if not 1 <= self.n_best <= self.beam:
             raise UserError(
-                f"{self.n_best} best translations are wanted of a beam of {self.beam}: choose from 1 to "
-                f"{self.beam}, or a larger beam"
+                f"{self.n_best} best translations are wanted of a beam of {self.beam}: choose "
+                f"{f'from 1 to {self.beam}' if self.beam > 1 else 1}, or a larger beam"
             )
         if not -10 <= self.length_penalty <= 10:  # length ** penalty must be a number
             raise UserError(

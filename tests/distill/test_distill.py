@@ -148,6 +148,12 @@ def test_what_is_there_stays(run, tmp_path, capsys):
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     rewritten = {path.name for path in before if before[path] != after[path]}
     assert rewritten <= {"r.yaml", "student-recipe.yaml"} and before.keys() == after.keys()
+    weights = tmp_path / "student-start" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    distilled(run, tmp_path, training={"directions": ["en-de"]})
+    assert f"{weights} is missing: the first weights are written again" in capsys.readouterr().err
+    assert weights.read_bytes() == whole
 
 
 def test_the_first_weights_are_written_once(run, tmp_path, monkeypatch):
@@ -234,7 +240,8 @@ def test_a_student_that_has_begun_keeps_what_it_began_with(run, tmp_path, capsys
         (["--limit", "10"], "was started on translations with limit 20"),
         (["--beam", "3"], "was started on translations with beam 2"),
         (["--experts", "used"], "was started with other first weights"),
-        (["--level", "word"], "was started with data.corpora"),
+        (["--level", "word"], "was started with --level sequence: set it back"),
+        (["--level", "both"], "was started with --level sequence: set it back"),
         (["--set", "training.learning_rate=0.5"], "was started with training.learning_rate 0.05"),
     ):
         capsys.readouterr()

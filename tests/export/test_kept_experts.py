@@ -228,6 +228,7 @@ def test_folders_of_both_kinds(run, tmp_path):
         (("hybrid", "--keep", "1.5"), "--keep is '1.5': give the number of experts of a layer, as in 16"),
         (("hybrid", "--keep", "0"), "--keep is '0': give the number"),
         (("hybrid", "--keep", "many"), "--keep is 'many': give the number"),
+        (("hybrid", "--keep", ""), "--keep is '': give the number"),
         (("dense", "--keep", "2"), "--keep is for --as hybrid or huggingface, not for dense"),
         (("hybrid", "--experts", "used"), "--experts is for --as dense, not for hybrid"),
         (("dense", "--experts", "all"), "--experts is 'all': choose used or mean"),

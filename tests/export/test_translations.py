@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from support.commands import main
@@ -256,6 +258,7 @@ def test_a_direction_without_training_text_is_left_out(pool, tmp_path, capsys):
         (["--text", "mono"], "--text is in one language: name the direction"),
         (["--direction", "en-xx"], "xx"),
         (["--direction", "en-de", "--text", "nowhere"], "nowhere"),
+        (["--direction", "en-de", "--text", "blank"], "nothing to translate for en-de: blank has no line"),
         (["--route", "shared"], "no parameters for the route 'shared'"),
         (["--samples", "2"], "--samples, --top-k and --seed are for sampled translations: add --sample"),
         (["--sample", "0"], "the temperature is 0.0: it must be a number above 0"),
@@ -266,12 +269,31 @@ def test_a_direction_without_training_text_is_left_out(pool, tmp_path, capsys):
         (["--back", "--tag", "a b"], "--tag is 'a b': it must be one word"),
     ],
 )
-def test_what_is_not_possible_is_said(run, tmp_path, capsys, arguments, message):
+def test_what_is_not_possible_is_said(run, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("blank").write_text("\n  \n")
     assert main(["translate", str(run), "--corpus", str(tmp_path / "out"), "--workers", "0", *arguments]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["blank"]
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 5)], ids=["gone", "cut"])
+def test_a_damaged_corpus_is_translated_again(run, tmp_path, capsys, damage):
+    out, asked = tmp_path / "out", Asked((EN_DE,), limit=9)
+    translate_corpus(run, out, asked, QUICK, 0)
+    before = (out / "en-de.tsv").read_bytes()
+    damage(out / "en-de.tsv")
+    translate_corpus(run, out, asked, QUICK, 0)
+    assert "en-de.tsv" in (said := capsys.readouterr().err) and "everything is translated again" in said
+    assert (out / "en-de.tsv").read_bytes() == before
 
 
 def test_nothing_of_others_is_written_over(run, tmp_path, capsys):
+    translate_corpus(run, tmp_path / "out", Asked((EN_DE,), limit=9), QUICK, 0)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out holds mine.txt, which would be lost: choose another folder"):
+        translate_corpus(run, tmp_path / "out", Asked((EN_DE,), limit=8), QUICK, 0)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and was not made by `lsmoe translate --corpus`"):
