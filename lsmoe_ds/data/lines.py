@@ -90,8 +90,9 @@ def decode(file: BinaryIO, name: Path, first: int) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
+            byte, position = f"0x{line[error.start]:02x}", error.start + 1
             raise UserError(
-                f"{name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+                f"{name}, line {number}: not UTF-8 (byte {byte} at position {position})"
             ) from None
 
 

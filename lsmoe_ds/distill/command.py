@@ -19,6 +19,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from lsmoe_ds.checkpoint.run_folder import choose_run, find_changes
 from lsmoe_ds.checkpoint.stored import (
     PROVENANCE,
@@ -29,6 +31,7 @@ from lsmoe_ds.checkpoint.stored import (
     read_weights,
     write_folder,
 )
+from lsmoe_ds.config.explain import explain
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.notices import CHOOSE
@@ -39,7 +42,7 @@ from lsmoe_ds.distill.start import first_weights
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import SAID, One
 from lsmoe_ds.export.translations import Asked, How, settings_of, translate_corpus
-from lsmoe_ds.folders import damage, explain_errors, locked, read_json, resolved, write_whole
+from lsmoe_ds.folders import check_can_write, damage, explain_errors, locked, read_json, resolved, write_whole
 from lsmoe_ds.inference.load import check_direction
 from lsmoe_ds.notices import notice
 
@@ -107,6 +110,7 @@ def distill(
     file = _beside(student, "recipe.yaml")
     if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
         raise UserError(f"{file} was not written by `lsmoe distill`: choose another folder with --out")
+    check_can_write(student.absolute().parent, "choose another folder with --out")
     make_parts(recipe, made, asked, run, student, workers)
     with explain_errors(file):
         write_whole(file, f"{WRITTEN}{made.to_yaml()}")
@@ -120,7 +124,7 @@ def complete(
     ``run``.
 
     Both have the same ``vocabulary``. ``name`` names the student's prepared data, which are not the
-    teacher's.
+    teacher's. Raises UserError if the recipe and these settings contradict each other.
     """
     value: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
     data, training = value["data"], value["training"]
@@ -132,7 +136,10 @@ def complete(
     if asked.level != "sequence":
         training["teacher"] = {**training.get("teacher", {}), "model": str(run)}
     training.setdefault("start_from", str(_beside(student, "start")))
-    return Recipe.model_validate(value)
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, value, Path("the student's complete recipe"), {})) from None
 
 
 def make_parts(

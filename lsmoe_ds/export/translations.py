@@ -42,7 +42,7 @@ from lsmoe_ds.folders import (
     write_whole,
 )
 from lsmoe_ds.inference.beam_search import Search
-from lsmoe_ds.inference.engine import Engine
+from lsmoe_ds.inference.engine import Engine, warn_if_untrained
 from lsmoe_ds.inference.load import check_direction, check_route, known_direction
 from lsmoe_ds.inference.sampling import Sampling
 from lsmoe_ds.inference.translate import translate_lines
@@ -156,7 +156,7 @@ def translate_corpus(
         elif done is not None:
             before = done.get("settings", {})
             changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-            other = f"{out} has a corpus with another {', '.join(changed)}"
+            other = f"{out} has a corpus with other settings ({', '.join(changed)})"
             notice(f"{other}: it is replaced once this one is complete")
         return _lead(stored, directions, out, asked, how, settings, work, Workers(processes))
 
@@ -224,6 +224,7 @@ def _lead(
     for direction in own:
         check_direction(stored.recipe, stored.kind, direction)
     check_route(how.route, stored.recipe)
+    warn_if_untrained(stored.recipe, stored.home, own)
     data = None if asked.text is not None else open_data(stored)
     texts, left_out = {}, 0
     for direction in own:

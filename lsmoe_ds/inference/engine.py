@@ -53,19 +53,31 @@ def find_direction(engine: Engine, direction: Direction) -> Direction:
     trained on it (zero-shot). Nothing is known about the training of an imported model.
     """
     own = own_direction(engine, direction)
-    if not engine.step:
-        return own
+    if engine.step:
+        warn_if_untrained(engine.recipe, engine.home, [own])
+    return own
+
+
+def warn_if_untrained(recipe: Recipe, home: Path, directions: Iterable[Direction]) -> None:
+    """Warn on standard error about those of the directions on which the model in ``home`` was not trained."""
     # A converted folder lists the directions of its training, without those added by growing. A run trains
     # those of its recipe.
-    training = engine.recipe.training
-    provenance = read_json(engine.home / PROVENANCE) or {
-        "trained": [str(each) for each in engine.recipe.trained],
+    training = recipe.training
+    provenance = read_json(home / PROVENANCE) or {
+        "trained": [str(each) for each in recipe.trained],
         "started_from": None if training.start_from is None else str(training.start_from),
     }
-    trained, start = provenance.get("trained"), provenance.get("started_from")
-    if own not in engine.languages.directions or (isinstance(trained, list) and str(own) not in trained):
-        say_untrained([own], start)
-    return own
+    trained, start, known = (
+        provenance.get("trained"),
+        provenance.get("started_from"),
+        recipe.languages.directions,
+    )
+    if found := [
+        each
+        for each in directions
+        if each not in known or (isinstance(trained, list) and str(each) not in trained)
+    ]:
+        say_untrained(found, start)
 
 
 def own_direction(engine: Engine, direction: Direction) -> Direction:

@@ -197,7 +197,7 @@ def bad(tmp_path: Path, case: str) -> list[TextPart]:
     ("case", "says"),
     [
         ("shorter", r"news.en has 2 lines but .*news.de has 3: aligned"),
-        ("encoding", r"news.en, line 2: not UTF-8 \(byte 0xff at position 4\)"),
+        ("encoding", r"news.en, line 2: not UTF-8 \(byte 0xff at position 5\)"),
         ("one missing", r"there is no file .*news.en"),
         ("binary", r"news.en, line 1: the line is longer"),
         ("no folder", r"there is no corpus .*nowhere"),
@@ -237,7 +237,7 @@ def bad(tmp_path: Path, case: str) -> list[TextPart]:
         ("gzip cut", r"news.en.gz is damaged: gzip cannot read it"),
         ("no gzip", r"news.en.gz is damaged: gzip cannot read it"),
         ("gzip garbled", r"news.en.gz is damaged: gzip cannot read it"),
-        ("gzip not UTF-8", r"news.en.gz, line 2: not UTF-8 \(byte 0xff at position 4\)"),
+        ("gzip not UTF-8", r"news.en.gz, line 2: not UTF-8 \(byte 0xff at position 5\)"),
         ("half named", r"both 'source' and 'target'"),
         ("not fetched", r"run 'lsmoe data fetch django'"),
         ("unknown name", r"did you mean 'django'"),

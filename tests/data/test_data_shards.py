@@ -270,7 +270,7 @@ def test_an_error_in_a_shard_names_file_and_line(tmp_path: Path) -> None:
     lines = (tmp_path / "text.de").read_bytes().split(b"\n")
     lines[70] = b"ein \xff Haus"
     (tmp_path / "text.de").write_bytes(b"\n".join(lines))
-    with pytest.raises(UserError, match=r"text\.de, line 71: not UTF-8 \(byte 0xff at position 4\)"):
+    with pytest.raises(UserError, match=r"text\.de, line 71: not UTF-8 \(byte 0xff at position 5\)"):
         prepare(settings)
     (tmp_path / "text.de").write_bytes(b"\n".join(lines[:40]))
     with pytest.raises(UserError, match=r"text\.de has 40 lines but .*text\.en has 200: aligned files need"):

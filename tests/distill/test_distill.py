@@ -201,6 +201,10 @@ def test_one_command_trains_the_student(run, tmp_path):
             "r.yaml is runs/other, but the teacher given is ",
         ),
         (["--out", "RUN"], "is another model's: give it a folder with --out"),
+        (
+            ["--level", "word", "--set", "model.low_rank={rank: 2, fuse_distillation: true}"],
+            "the student's complete recipe: 'training.teacher' gives the model a second teacher",
+        ),
     ],
 )
 def test_what_is_not_possible_is_said(run, tmp_path, capsys, options, message):

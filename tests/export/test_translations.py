@@ -208,7 +208,7 @@ def test_a_text_that_changes_is_translated_anew(run, tmp_path, capsys):
         made = translate_corpus(run, out, Asked((EN_DE,), text), QUICK, 0)
         said = capsys.readouterr().err
         assert ("is there already" in said) == again
-        assert ("has a corpus with another text: it is replaced" in said) == (lines == ["ko la mi"])
+        assert ("has a corpus with other settings (text): it is replaced" in said) == (lines == ["ko la mi"])
         assert [row[0] for row in rows_of(out, "en-de")] == lines[: made["pairs"]["en-de"]]
 
 
@@ -250,6 +250,10 @@ def test_a_direction_without_training_text_is_left_out(pool, tmp_path, capsys):
         UserError, match=r"nothing to translate for de-fr: the training text in .* has no line"
     ):
         translate_corpus(tmp_path / "run", tmp_path / "none", Asked((Direction("de", "fr"),)), QUICK, 0)
+    text = tmp_path / "mono.fr"
+    text.write_text("ba de fi\n")
+    translate_corpus(tmp_path / "run", tmp_path / "zero", Asked((Direction("fr", "de"),), text), QUICK, 0)
+    assert "the model was not trained on fr-de (zero-shot)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
