@@ -224,7 +224,8 @@ def _lead(
     for direction in own:
         check_direction(stored.recipe, stored.kind, direction)
     check_route(how.route, stored.recipe)
-    warn_if_untrained(stored.recipe, stored.home, own)
+    if settings["model"]["step"]:  # of an imported model, it is not known
+        warn_if_untrained(stored.recipe, stored.home, own)
     data = None if asked.text is not None else open_data(stored)
     texts, left_out = {}, 0
     for direction in own:

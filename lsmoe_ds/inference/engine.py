@@ -53,7 +53,7 @@ def find_direction(engine: Engine, direction: Direction) -> Direction:
     trained on it (zero-shot). Nothing is known about the training of an imported model.
     """
     own = own_direction(engine, direction)
-    if engine.step:
+    if engine.step:  # of an imported model, it is not known
         warn_if_untrained(engine.recipe, engine.home, [own])
     return own
 
