@@ -286,6 +286,7 @@ def test_tabs_are_named(tmp_path):
         ("a=[", "'[' is not a YAML value"),
         ("steps=3", "unknown key 'steps' (did you mean 'training.steps'?); allowed here: name, data, "),
         ("data.experts=4", "unknown key 'data.experts' (did you mean 'model.encoder.moe.experts' or "),
+        ("training.at=3", "unknown key 'training.at'; allowed here: steps, "),  # of too many sections
         ("Training.steps=3", "unknown key 'Training'"),
         ("training..steps=3", "unknown key 'training.'; allowed here: steps, "),
     ],

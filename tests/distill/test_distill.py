@@ -256,6 +256,14 @@ def test_a_student_that_has_begun_keeps_what_it_began_with(run, tmp_path, capsys
     assert main(command) == 0
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_translating(run, tmp_path, capsys):
+    recipe, out = recipe_in(run, tmp_path / "r.yaml"), tmp_path / "r.yaml/students/one"
+    assert main(["distill", str(run), "--into", str(recipe), "--out", str(out), *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert "students cannot be written (Not a directory): choose another folder with --out" in said
+    assert "translating" not in said
+
+
 def test_a_recipe_of_ones_own_stays(run, tmp_path, capsys):
     recipe = recipe_in(run, tmp_path / "r.yaml")
     (tmp_path / "student-recipe.yaml").write_text("my: file\n")
