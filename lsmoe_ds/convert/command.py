@@ -38,7 +38,7 @@ from lsmoe_ds.evaluation.metrics import TASKS
 from lsmoe_ds.export.ctranslate2 import QUANTIZATIONS
 from lsmoe_ds.export.grown import Likeness, grow, grown_recipe
 from lsmoe_ds.export.importing import Asked
-from lsmoe_ds.export.kept_experts import SAID, Keep, One, keep_one, keep_used
+from lsmoe_ds.export.kept_experts import SAID, Keep, One, add_pruning, keep_one, keep_used
 from lsmoe_ds.export.nllb_moe import check_exportable
 from lsmoe_ds.export.peft import BASE, base_of, measure, refer, split_stored
 from lsmoe_ds.export.subnetwork import ALL, describe, expert_layers, extract_stored
@@ -173,6 +173,8 @@ def convert(
         tensors, recipe, made = extract_stored(stored, direction, route, hybrid, average)
         if prunes:
             tensors, recipe, said = _keep_experts(stored, average, tensors, recipe, *fewer)
+            if "kept_experts" in said:
+                said["kept_experts"] = add_pruning(made.get("kept_experts", {}), said["kept_experts"])
             made |= {**said, "dense_parameters": tensors.numbers}
         if as_nllb_moe:
             check_exportable(recipe.model.moe_layers())
@@ -187,6 +189,7 @@ def convert(
             "run": recipe.name,
             "grown_from": made["run"],
             "direction": ALL,
+            "sparse_parameters": made["dense_parameters"],
             "dense_parameters": tensors.numbers,
         }
     if to == "huggingface" and recipe.model.huggingface is None and (padding := count_padding(recipe)):

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from lsmoe_ds.checkpoint.averages import describe_average
-from lsmoe_ds.checkpoint.stored import VOCABULARY
+from lsmoe_ds.checkpoint.stored import PROVENANCE, VOCABULARY
 from lsmoe_ds.config.host import Task
 from lsmoe_ds.config.host_origin import origin_of
 from lsmoe_ds.config.recipe import Recipe
@@ -25,6 +25,7 @@ from lsmoe_ds.evaluation.score_folder import ScoreFolder
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.export.huggingface import class_of
 from lsmoe_ds.export.their_tokenizer import style_of
+from lsmoe_ds.folders import read_json
 from lsmoe_ds.languages import language_name, tag
 from lsmoe_ds.notices import counted, listed
 
@@ -172,7 +173,7 @@ def model_card(
         ),
         codes=sorted({code.split("_")[0] for code in recipe.languages.codes}),
         directions=directions,
-        remarks=_remarks(scores, provenance),
+        remarks=_remarks(scores, provenance, home),
         names=_names(directions),
         base=None if recipe.model.huggingface is None else origin_of(recipe.model.huggingface).name,
         facts=[*_facts(kind, recipe, provenance), *text.facts(recipe, provenance)],
@@ -191,26 +192,30 @@ def model_card(
 def _what(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> str:
     if kind == "peft":
         return adapter_card.WHAT
-    if kind == "consolidated":
-        return IMPORTED if "imported_from" in provenance else GROWN if "grown_from" in provenance else WHOLE
+    if kind == "consolidated" and ("imported_from" in provenance or "grown_from" in provenance):
+        return IMPORTED if "imported_from" in provenance else GROWN
     if "approximates" in provenance:
         return APPROXIMATE
-    if "kept_experts" in provenance:
+    if any(each["kept"] < each["of"] for each in provenance.get("kept_experts", {}).values()):
         return PRUNED
+    if kind == "consolidated" and provenance["dense_parameters"] == provenance["sparse_parameters"]:
+        return WHOLE
     if any(recipe.model.moe_layers()):
         return HYBRID
     return ROUNDED if provenance.get("quantization", FLOAT) != FLOAT else DENSE
 
 
-def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any]) -> str:
-    """Describe the differences between the scored model and this one."""
-    remarks = []
+def _remarks(scores: ScoreTable | None, provenance: Mapping[str, Any], home: Path) -> str:
+    """Describe the differences between the scored model, which is in ``home``, and this one."""
+    remarks, scored = [], read_json(home / PROVENANCE) or {}
     if scores is not None and scores.step != provenance["step"]:
         remarks.append(f" They are of another step than this model, which is of step {provenance['step']:,}.")
     if provenance.get("quantization", FLOAT) != FLOAT:
         remarks.append(" They are of the model before its weights were rounded.")
-    if "kept_experts" in provenance or "approximates" in provenance:
-        remarks.append(" They are of the model with all its experts.")
+    before, kept = scored.get("kept_experts", {}), provenance.get("kept_experts", {})
+    pruned = any(each["kept"] < each["of"] and each != before.get(side) for side, each in kept.items())
+    if pruned or provenance.get("approximates") not in (None, scored.get("approximates")):
+        remarks.append(" They are of the model before experts were removed from it.")
     if "vocabulary_map" in provenance:
         remarks.append(" They are of a search without vocabulary map.")
     return "".join(remarks)
@@ -245,11 +250,10 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
             "vocabulary map",
             f"{of_a_piece} candidates for each piece of a source, of {mapped['mapped']} alone{measured}",
         )
+    later = {"grown_from": " before it was grown", "approximates": " before they were joined"}
+    when = next((words for key, words in later.items() if key in provenance), "")
     for side, each in provenance.get("kept_experts", {}).items():
-        kept = (
-            f"{each['kept']} of {each['of']} in each layer, with {each['least_use']:.1%} of the use or more"
-        )
-        yield f"experts of the {side}", kept
+        yield f"experts of the {side}{when}", _kept(each)
     if "merged" in provenance:
         yield "merged into its layers", provenance["merged"]
     average = provenance.get("average", 1)
@@ -281,6 +285,13 @@ def _facts(kind: str, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator
     yield "hidden size, heads", f"{model.hidden}, {model.heads}"
     yield "vocabulary", f"{recipe.data.vocabulary.size:,} pieces ({recipe.data.vocabulary.type})"
     yield "longest source", f"{recipe.data.batch.max_length} tokens"
+
+
+def _kept(pruning: Mapping[str, Any]) -> str:
+    """Describe the experts that a pruning kept, and those that earlier prunings of the model kept."""
+    use = f"{pruning['least_use']:.1%} of the use or more"
+    before = f"; before that, {_kept(pruning['before'])}" if "before" in pruning else ""
+    return f"{pruning['kept']} of {pruning['of']} in each layer, with {use}{before}"
 
 
 def _scores(home: Path, directions: Sequence[Direction], provenance: Mapping[str, Any]) -> ScoreTable | None:

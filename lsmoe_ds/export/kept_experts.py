@@ -97,6 +97,21 @@ def keep_used(
     return Tensors(entries), Recipe.model_validate(changed.model_dump()), said
 
 
+def add_pruning(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description by :func:`keep_used` of a model that has been pruned ``before``, too.
+
+    Each side has the description of its latest pruning, with the one before as ``before``. A pruning that
+    kept all experts is left out.
+    """
+    merged = dict(before)
+    for side, each in now.items():
+        if side not in before:
+            merged[side] = each
+        elif each["kept"] < each["of"]:
+            merged[side] = {**each, "before": before[side]}
+    return merged
+
+
 def keep_one(weights: Tensors, recipe: Recipe, uses: Uses, one: One) -> tuple[Tensors, Recipe]:
     """Return a dense model in which one expert replaces all of a layer: a start for distillation.
 

@@ -335,6 +335,8 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
         return provenance
     path = stored.home / PROVENANCE
     before = read_fields(path)
+    if stored.kind == "consolidated" and "grown_from" not in before:
+        optional["sparse_parameters"] = int  # of a sub-network, the whole model's
     kept = (*carried[stored.kind], *(key for key in optional if key in before))
     check_fields(path, before, **{key: (fields | optional)[key] for key in kept})
     return provenance | {key: before[key] for key in kept}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lsmoe_ds.checkpoint.stored import Weights, find_model, read_weights
 from lsmoe_ds.checkpoint.tensors import Tensors
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.prepared import PreparedData
+from lsmoe_ds.directions import Direction
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.kept_experts import Keep, keep_one, keep_used
 from lsmoe_ds.export.subnetwork import extract
@@ -206,10 +209,6 @@ def test_folders_of_both_kinds(run, tmp_path):
     assert load(tmp_path / "kept", "cpu").recipe.model.encoder.moe.experts == number
     card = (tmp_path / "kept" / "README.md").read_text()
     assert f"| experts of the encoder | {number} of 4 in each layer, with" in card and "keep those" in card
-    # a folder with fewer experts is pruned further, and says so of the last time
-    convert(tmp_path / "kept", "hybrid", EN_DE, tmp_path / "two", check=0, keep="2")
-    assert load(tmp_path / "two", "cpu").recipe.model.encoder.moe.experts == 2
-
     record = convert(run, "dense", EN_DE, tmp_path / "one", check=4, experts="used")
     assert record["approximates"] == "the most used expert stands for all of a layer"
     assert not (run / "conversion.json").exists(), "the report tells of models that are equal"
@@ -218,6 +217,52 @@ def test_folders_of_both_kinds(run, tmp_path):
     provenance = json.loads((tmp_path / "theirs" / "provenance.json").read_text())
     assert provenance["approximates"] == record["approximates"]
     assert len(read_weights(find_model(tmp_path / "theirs")).tensors)
+
+
+def test_cards_of_what_was_pruned_before(run, tmp_path):
+    """Cards tell the whole history, and whether scores are of the model itself or of the one before."""
+
+    def card(source: str, to: str, name: str, direction: Direction | None = EN_DE, **options: Any) -> str:
+        convert(tmp_path / source, to, direction, tmp_path / name, check=0, **options)
+        return (tmp_path / name / "README.md").read_text()
+
+    def evaluated(name: str) -> None:
+        assert main(["evaluate", str(tmp_path / name), "--directions", "en-de", "--limit", "2"]) == 0
+
+    (tmp_path / "run").symlink_to(run)
+    evaluated("run")
+    alike, pruned, whole = "It computes what that model computes", "not exactly\nalike", "as it was trained"
+    before = "They are of the model before experts were removed from it."
+    same = card("run", "hybrid", "all", keep="4")
+    assert alike in same and pruned not in same and before not in same
+    assert whole in card("run", "consolidated", "whole", None)
+    three = card("run", "hybrid", "three", keep="3")
+    assert pruned in three and before in three
+    first, parameters = (
+        re.search(rf"\| {name} \| (.*) \|", three)[1] for name in ("experts of the encoder", "parameters")
+    )
+    assert first.startswith("3 of 4 in each layer, with ")
+
+    evaluated("three")
+    for name, text in (
+        ("again", card("three", "hybrid", "again", keep="3")),
+        ("consolidated", card("three", "consolidated", "consolidated", None)),
+        ("twice", card("consolidated", "hybrid", "twice")),
+    ):
+        assert f"| experts of the encoder | {first} |" in text and f"| parameters | {parameters} |" in text, (
+            name
+        )
+        assert pruned in text and whole not in text and before not in text, name
+    two = card("three", "hybrid", "two", keep="2")
+    assert load(tmp_path / "two", "cpu").recipe.model.encoder.moe.experts == 2
+    assert re.search(rf"\| 2 of 3 in each layer, with .* or more; before that, {re.escape(first)} \|", two)
+    assert before in two
+    grown = card("three", "grown", "grown", None, overrides=["model.encoder.moe.experts=4"])
+    assert f"| experts of the encoder before it was grown | {first} |" in grown
+    assert f"(before: {parameters.split()[0]})" in grown
+    one = card("three", "dense", "one", experts="mean")
+    assert f"| experts of the encoder before they were joined | {first} |" in one and before in one
+    assert "a start for training" in card("one", "consolidated", "one-whole", None)
 
 
 @pytest.mark.parametrize(
