@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 from imports import KINDS, SIZES, corpus_of, make, text_of
 
 from lsmoe_ds.checkpoint.stored import VOCABULARY, find_model, write_folder
@@ -160,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import argument_parser, ragged_batches, write
+from common import argument_parser, ragged_batches, run_main, write
 
 from lsmoe_ds.checkpoint.saving import Saver
 from lsmoe_ds.config.recipe import Recipe
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

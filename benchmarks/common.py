@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lsmoe_ds import interrupt
 from lsmoe_ds.data.batches import DirectionIds, PairBatch
 from lsmoe_ds.directions import Direction, Languages
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch.memory import keep_large_blocks
@@ -69,6 +71,24 @@ def _writable(text: str) -> Path:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written")
     return path
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a benchmark as ``lsmoe`` runs a verb.
+
+    A user's error is one sentence and status 2. A signal that asks to stop raises Interrupted, so that
+    temporary folders are removed. A process that fails has said why.
+    """
+    interrupt.clean_up_and_leave()
+    try:
+        main()
+    except UserError as error:
+        print(f"lsmoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(max(error.returncode, 1))
+    except interrupt.Interrupted as asked:
+        sys.exit(interrupt.status_of(asked.number))
 
 
 def write(result: dict[str, Any], out: Path | None) -> None:

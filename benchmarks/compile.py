@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import UNITS, Corpus, alternate, argument_parser, compile_model, write
+from common import UNITS, Corpus, alternate, argument_parser, compile_model, run_main, write
 from torch._dynamo.utils import counters
 
 from lsmoe_ds.config.recipe import Recipe
@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.vocabulary import train_vocabulary
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,7 +33,7 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from common import Tags, alternate, argument_parser, in_processes, write
+from common import Tags, alternate, argument_parser, in_processes, run_main, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config.recipe import Recipe
@@ -278,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

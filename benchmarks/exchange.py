@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Corpus, argument_parser, in_processes, write
+from common import Corpus, argument_parser, in_processes, run_main, write
 from torch import Tensor
 
 from lsmoe_ds.config.recipe import Recipe
@@ -185,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.checkpoint.run_folder import newest_whole, step_of
@@ -370,4 +370,4 @@ def save(rows: dict[str, Any], out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, run_main, write
 
 from lsmoe_ds.checkpoint.saving import Saver
 from lsmoe_ds.config.recipe import Recipe
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

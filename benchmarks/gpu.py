@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, compile_model, in_processes, ragged_batches, write
+from common import argument_parser, compile_model, in_processes, ragged_batches, run_main, write
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import PairBatch, Step
@@ -212,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

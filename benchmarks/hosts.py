@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, argument_parser, in_processes, peak_memory, write
+from common import alternate, argument_parser, in_processes, peak_memory, run_main, write
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import IGNORED, SequenceBatch, Step
@@ -289,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

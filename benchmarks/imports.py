@@ -29,7 +29,7 @@ from typing import Any
 import sentencepiece
 import torch
 import transformers
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 
 from lsmoe_ds.convert.command import convert
 from lsmoe_ds.data.batches import DirectionIds
@@ -279,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import argument_parser, in_processes, peak_memory, ragged_batches, write
+from common import argument_parser, in_processes, peak_memory, ragged_batches, run_main, write
 
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batches import Step
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, run_main, write
 from torch import Tensor, nn
 
 from lsmoe_ds.config.file import load_recipe
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

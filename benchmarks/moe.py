@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import alternate, argument_parser, write
+from common import alternate, argument_parser, run_main, write
 from torch import Tensor
 
 from lsmoe_ds.config.moe import MoE
@@ -211,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

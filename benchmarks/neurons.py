@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, run_main, write
 from decode import TOKENS as DECODED
 from decode import decode, forced_tokens, sentences
 
@@ -221,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

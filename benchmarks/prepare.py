@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import yaml
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 
 PART, COPIES = 1_000_000, 20_000  # pairs of a table, and how many of them are those of the first one
 WORDS, SHORTEST, LONGEST = 20_000, 3, 8
@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

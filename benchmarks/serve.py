@@ -37,7 +37,7 @@ from typing import Any
 
 import decode
 import torch
-from common import argument_parser, in_processes, peak_memory, write
+from common import argument_parser, in_processes, peak_memory, run_main, write
 from peers import installed
 from support.small_huggingface import use_chosen_experts
 
@@ -285,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

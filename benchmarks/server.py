@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from common import argument_parser, write
+from common import argument_parser, run_main, write
 
 from lsmoe_ds.checkpoint.stored import find_model
 from lsmoe_ds.data.prepared import open_data
@@ -269,4 +269,4 @@ def middle(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,7 +26,7 @@ from typing import Any
 
 import peers
 import torch
-from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, write
+from common import alternate, argument_parser, in_processes, peak_memory, ragged_batches, run_main, write
 from torch import nn
 
 from lsmoe_ds.config.recipe import Recipe
@@ -255,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

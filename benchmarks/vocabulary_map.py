@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import alternate, argument_parser, write
+from common import alternate, argument_parser, run_main, write
 from sacrebleu.metrics import CHRF
 
 from lsmoe_ds.checkpoint.stored import find_model
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

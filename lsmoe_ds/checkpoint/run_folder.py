@@ -76,6 +76,7 @@ MAY_CHANGE = {
 CHRF = "dev_chrf"  # of dev translations, in records and checkpoints
 STOPPING = "stopping"  # in the position of a checkpoint: see :class:`lsmoe_ds.training.stopping.Stopping`
 START = "start"  # in ``origin.json``: :func:`weights_digest` of ``training.start_from``
+TEACHER = "teacher"  # and of ``training.teacher.model``
 STARTS = ("consolidated", "hybrid", "dense", "huggingface")  # kinds of converted folders to start from
 FROZEN = "frozen"  # the folder of what does not train, see :mod:`lsmoe_ds.checkpoint.frozen`
 BEGUN = (
@@ -184,8 +185,8 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
     stored, text, origin = run / "recipe.yaml", recipe.to_yaml(), describe_origin(vocabulary.parent)
     is_new = not stored.exists() or not has_trained(run)
     changes = not stored.exists() or stored.read_text(encoding="utf-8") != text
-    if origin is not None and (start := _start(recipe, run)) is not None:
-        origin |= {START: start}
+    if origin is not None:
+        origin |= _digests(recipe, run)
     with explain_errors(run):
         resolved(run).mkdir(parents=True, exist_ok=True)
         if origin is not None and origin != read_json(run / ORIGIN):
@@ -202,14 +203,17 @@ def open_run(recipe: Recipe, run: Path, vocabulary: Path) -> None:
 
 
 def weights_digest(folder: Path) -> str | None:
-    """Return a checksum of a converted folder's weights, from the checksums in its provenance; None if it has
-    none.
+    """Return a checksum of the weights of a converted folder, a checkpoint, or a run's newest checkpoint.
+
+    It is made of the checksums of files in the folder's provenance or manifest; None if there are none.
     """
-    files = (read_json(folder / CONVERTED) or {}).get("files")
+    checkpoints = list_checkpoints(folder)
+    listed = checkpoints[-1] / "manifest.json" if checkpoints else folder / "manifest.json"
+    files = (read_json(folder / CONVERTED) or read_json(listed) or {}).get("files")
     sums = {
         name: each.get("sha256") if isinstance(each, dict) else None
         for name, each in (files.items() if isinstance(files, dict) else ())
-        if name.endswith(".safetensors")
+        if name.endswith((".safetensors", "model_states.pt"))
     }
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest() if sums else None
 
@@ -232,15 +236,19 @@ def check_start(folder: Path) -> None:
         )
 
 
-def _start(recipe: Recipe, run: Path) -> str | None:
-    """Return the checksum of the weights with which a run starts, or started (the folder may be gone).
+def _digests(recipe: Recipe, run: Path) -> dict[str, str]:
+    """Return the checksums of the weights with which a run starts, or started, and of its teacher's.
 
-    A run without a checkpoint starts from the beginning, even if it has trained before.
+    Their folders may be gone when a run is resumed. A run without a checkpoint starts from the beginning,
+    even if it has trained before.
     """
+    teacher = recipe.training.teacher
+    folders = {START: recipe.training.start_from, TEACHER: teacher.model if teacher else None}
     if list_checkpoints(run):
-        known = read_origin(run).get(START)
-        return known if isinstance(known, str) else None
-    return None if recipe.training.start_from is None else weights_digest(recipe.training.start_from)
+        found = {key: read_origin(run).get(key) for key in folders}
+    else:
+        found = {key: weights_digest(folder) for key, folder in folders.items() if folder is not None}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
@@ -298,8 +306,10 @@ def best_first(checkpoints: Iterable[Path], by_chrf: bool = False) -> list[tuple
     """List the checkpoints that have a dev loss, or a chrF, best first, each after that value."""
     key, sign = (CHRF, -1) if by_chrf else ("dev_loss", 1)
     found = {path: (read_json(path / "state.json") or {}).get(key) for path in checkpoints}
-    scored = sorted((sign * value, path) for path, value in found.items() if isinstance(value, float | int))
-    return [(sign * value, path) for value, path in scored]
+    scored = sorted(
+        (sign * value, step_of(path), path) for path, value in found.items() if isinstance(value, float | int)
+    )
+    return [(sign * value, path) for value, _, path in scored]  # of equals the first step
 
 
 def find_damage(checkpoint: Path, checksums: bool = True) -> str | None:

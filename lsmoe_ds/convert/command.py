@@ -252,7 +252,9 @@ def _keep_experts(
         raise UserError(f"--experts is {one!r}: choose {' or '.join(SAID)}")
     if len(recipe.languages.directions) > 1:
         first = recipe.languages.directions[0].label
-        raise UserError(f"experts are kept for one direction: name it, as in --direction {first}")
+        raise UserError(
+            f"experts are chosen by their use in one direction: name it, as in --direction {first}"
+        )
     (direction,) = recipe.languages.directions
     loaded = load(stored.weights_in, "cpu", average=average, streamed=True)
     uses = measure_use(loaded, open_data(stored), direction)

@@ -79,6 +79,8 @@ def check_convertible(
             f"{name}'s experts with --as hybrid, or serve all of it"
         )
     if hybrid and not stays:
+        if not any(recipe.model.moe_layers()):
+            raise UserError("the model is dense: there are no experts to keep")
         raise UserError(
             "experts are kept in models that route by token or sentence: of this one --as dense makes an "
             "exact dense model, without --experts and --keep"

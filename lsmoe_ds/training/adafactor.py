@@ -163,10 +163,15 @@ class Adafactor(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
         """Load only the state tensors: learning rates and settings come from the recipe.
 
-        torch's own method would round the tensors to the parameter's 16 bits. DeepSpeed passes
+        Those that are not Adafactor's own, such as the moving average of the weights, are kept beside its
+        own. torch's own method would round the tensors to the parameter's 16 bits. DeepSpeed passes
         ``load_optimizer_states``.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
-            for key, value in self.state[parameter].items():
-                value.copy_(state_dict["state"][number][key])
+            own = self.state[parameter]
+            for key, value in state_dict["state"][number].items():
+                if key in own:
+                    own[key].copy_(value)
+                else:
+                    own[key] = value.to(parameter.device, copy=True)

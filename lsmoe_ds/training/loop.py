@@ -81,7 +81,7 @@ def train(recipe: Recipe, run: Path, topology: Topology, traced: Traced | None =
     routes: tuple[Route, ...] = engine.module.objective.routes
     if isinstance(objective := engine.module.objective, Taught):
         beat("loading the teacher")
-        objective.teacher = load_teacher(recipe, vocabulary.size, topology)
+        objective.teacher = load_teacher(recipe, vocabulary.size, topology, run)
     beat("looking for the newest whole checkpoint")
     found, complaints = on_main(lambda: newest_whole(run))
     done, window, frozen = 0, None, None

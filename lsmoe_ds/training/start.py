@@ -70,7 +70,7 @@ def check(recipe: Recipe, run: Path) -> None:
                 _check_dev_of(method, recipe, prepared)
                 if recipe.training.start_from is not None:
                     method.check_begin(recipe)
-    check_teacher(recipe, vocabulary)
+    check_teacher(recipe, vocabulary, run)
     open_run(recipe, run, vocabulary)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lsmoe_ds.checkpoint.run_folder import TEACHER, list_checkpoints, weights_digest
 from lsmoe_ds.checkpoint.stored import READABLE, Stored, find_model, read_weights
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.data.comparison import read_origin
 from lsmoe_ds.directions import SentenceIds
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.inference.load import build_model, check_direction, with_direction
@@ -20,12 +23,14 @@ from lsmoe_ds.training.engine import check_precision
 from lsmoe_ds.training.start_from import check_same_vocabulary
 
 
-def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
-    """Raise UserError unless the recipe's teacher, if it has one, reads the same text and vocabulary."""
+def check_teacher(recipe: Recipe, vocabulary: Path, run: Path) -> None:
+    """Raise UserError unless the recipe's teacher, if it has one, reads the same text and vocabulary, and is
+    the one with which the ``run`` was started.
+    """
     if (teacher := recipe.training.teacher) is None:
         return
     try:
-        stored = find_model(teacher.model)
+        stored = _find(teacher.model, run if list_checkpoints(run) else None)
         if stored.kind not in READABLE or stored.recipe.model.huggingface is not None:
             raise UserError("it is no model of lsmoe_ds: give a run, or a folder made with --as consolidated")
         check_same_vocabulary(stored, vocabulary)
@@ -40,13 +45,33 @@ def check_teacher(recipe: Recipe, vocabulary: Path) -> None:
         raise UserError(f"'training.teacher.model' is {teacher.model}: {error}") from None
 
 
-def load_teacher(recipe: Recipe, vocabulary: int, topology: Topology) -> Teacher:
+def _find(path: Path, run: Path | None) -> Stored:
+    """Find the teacher at a path; if it is a run, the checkpoint from which the student ``run`` has learned.
+
+    The teacher may have been trained further since then. Raises UserError if that checkpoint is gone.
+    """
+    newest = find_model(path)
+    noted = None if run is None else read_origin(run).get(TEACHER)
+    if noted is None or weights_digest(newest.weights_in) == noted:
+        return newest
+    for checkpoint in reversed(list_checkpoints(path)):
+        if weights_digest(checkpoint) == noted:
+            return replace(newest, weights_in=checkpoint)
+    raise UserError(
+        f"it has other weights than those from which {run} has learned: put them back, or write to another "
+        "folder with --out"
+    )
+
+
+def load_teacher(recipe: Recipe, vocabulary: int, topology: Topology, run: Path | None = None) -> Teacher:
     """Load the recipe's whole teacher onto this rank's device, in the type of the training.
 
-    The returned function computes its logits [N, V] for a batch at N flat positions of decoder inputs.
+    It is the one that is noted in the ``run``, so that all ranks load the same checkpoint, even while the
+    teacher still trains. The returned function computes its logits [N, V] for a batch at N flat positions of
+    decoder inputs.
     """
     assert recipe.training.teacher is not None
-    stored, half = find_model(recipe.training.teacher.model), check_precision(recipe)
+    stored, half = _find(recipe.training.teacher.model, run), check_precision(recipe)
     dtype = torch.float32 if half is None else torch.float16 if half == "fp16" else torch.bfloat16
     model = build_model(stored.recipe, vocabulary, read_weights(stored), topology.device, dtype=dtype)
     assert isinstance(model, Transformer)

@@ -110,6 +110,16 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, removed):
     ]
 
 
+def test_of_equal_checkpoints_the_first_is_the_best(tmp_path):
+    for step in (4, 14, 20):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "dev_loss": 1.0, "dev_chrf": 2.0}))
+    for by_chrf in (False, True):
+        removed = to_remove(list_checkpoints(tmp_path), 1, 1, by_chrf)
+        assert [path.name for path in removed] == ["step-14"]
+
+
 def lock_in_another_process(path: Path) -> str:
     """Try to lock ``path`` in another process and return what that process prints."""
     code = (

@@ -289,6 +289,9 @@ def test_a_model_with_a_plain_equal_needs_neither(run):
     plain = random_loaded(run, TARGET_TOP2, PAIR_TOP1)
     with pytest.raises(UserError, match="of this one --as dense makes an exact dense model"):
         extract(global_weights(plain.model), plain.recipe, EN_DE, hybrid=True)
+    dense = random_loaded(run, None, None)
+    with pytest.raises(UserError, match="the model is dense: there are no experts to keep"):
+        extract(global_weights(dense.model), dense.recipe, EN_DE, hybrid=True)
 
 
 def test_the_curve_of_fewer_experts(run, tmp_path, capsys):

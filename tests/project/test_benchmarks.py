@@ -34,6 +34,24 @@ def test_it_starts(name, monkeypatch, capsys):
     assert not left.value.code and "--out FILE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run", "nowhere"], "lsmoe: there is no folder nowhere: give a run folder"),
+        (["--direction", "xx"], "lsmoe: "),
+    ],
+)
+def test_a_users_error_is_one_sentence(options, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common, serve = map(importlib.import_module, ("common", "serve"))
+    monkeypatch.setattr(common.interrupt, "clean_up_and_leave", lambda: None)  # not of the tests' process
+    monkeypatch.setattr(sys, "argv", ["serve.py", *options])
+    with pytest.raises(SystemExit) as left:
+        common.run_main(serve.main)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith(message) and said.count("\n") == 1
+
+
 def test_the_page_and_the_help_list_each_and_no_other():
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     names = {path.stem for path in FOLDER.glob("*.py")} - {*HELPERS}

@@ -119,11 +119,17 @@ def test_one_process_averages_what_it_steps(run):
     assert all(torch.equal(first[name], value) for name, value in stepped(run, 1).items())
 
 
-def test_a_run_that_is_resumed_has_the_same_average_to_the_bit(pool, folder, run):
-    cut = folder / "cut"
-    pool.run(1, loop, recipe_of(folder), cut, 3, KeyboardInterrupt())
-    train(pool, recipe_of(folder), cut, ONE)
-    one, other = averages(run, 4), averages(cut, 4)
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_a_run_that_is_resumed_has_the_same_average_to_the_bit(pool, folder, optimizer):
+    recipe = recipe_of(folder)
+    recipe.training.optimizer = optimizer
+    recipe.deepspeed["zero_optimization"] = {"stage": 0}
+    whole, cut = folder / f"whole-{optimizer}", folder / f"cut-{optimizer}"
+    train(pool, recipe, whole, ONE)
+    pool.run(1, loop, recipe, cut, 3, KeyboardInterrupt())
+    train(pool, recipe, cut, ONE)
+    assert_average(cut, 4)
+    one, other = averages(whole, 4), averages(cut, 4)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 

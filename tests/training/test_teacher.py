@@ -15,8 +15,10 @@ from support.small_run import TOKEN_TOP2, make_recipe, make_run
 
 from lsmoe_ds.checkpoint.run_folder import open_run
 from lsmoe_ds.config.recipe import Recipe, Teacher
+from lsmoe_ds.errors import UserError
 from lsmoe_ds.methods.taught import Taught
 from lsmoe_ds.parallel.topology import Topology
+from lsmoe_ds.training.teacher import check_teacher, load_teacher
 
 WEIGHT = 0.3
 
@@ -140,12 +142,42 @@ def test_a_training_learns_from_a_run_and_resumes(pool, teacher, tmp_path):
     assert own[-1]["distillation"] < own[0]["distillation"]
 
 
+def test_a_student_keeps_to_its_teachers_checkpoint(pool, teacher, tmp_path):
+    """If the teacher trains on, the student still learns from the weights with which it began, or is
+    refused.
+    """
+    model = tmp_path / "teacher"
+
+    def learn(name: str, until: int, taught: bool = True) -> None:
+        recipe = student(teacher, until, keep=9)
+        recipe.training.teacher = Teacher(model=model, weight=WEIGHT) if taught else None
+        vocabulary = recipe.prepared / "vocabulary.model"
+        check_teacher(recipe, vocabulary, tmp_path / name)
+        open_run(recipe, tmp_path / name, vocabulary)
+        pool.run(1, loop, recipe, tmp_path / name)
+
+    learn("teacher", 1, taught=False)
+    learn("whole", 3)
+    learn("run", 1)
+    learn("teacher", 3, taught=False)
+    learn("run", 2)
+    learn("new", 1)
+    first = model / "checkpoints" / "step-1"
+    first.rename(tmp_path / "step-1")
+    with pytest.raises(UserError, match=r"teacher: it has other weights than those from which .*run has lea"):
+        learn("run", 3)
+    (tmp_path / "step-1").rename(first)
+    learn("run", 3)
+    own, whole, new = (records(tmp_path / name) for name in ("run", "whole", "new"))
+    assert [line["distillation"] for line in own] == [line["distillation"] for line in whole]
+    assert new[0]["distillation"] != own[0]["distillation"]
+
+
 def test_the_teacher_of_a_run_says_what_its_model_says(teacher):
     from lsmoe_ds.data.batching import BatchStream
     from lsmoe_ds.data.prepared import PreparedData
     from lsmoe_ds.inference.load import load
     from lsmoe_ds.languages import PAD
-    from lsmoe_ds.training.teacher import load_teacher
 
     recipe = student(teacher, 1)
     recipe = recipe.model_copy(
