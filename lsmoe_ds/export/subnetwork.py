@@ -330,15 +330,14 @@ def describe(stored: Stored, whole: Weights, direction: str, route: str, paramet
                 provenance[START] = start
     fields: dict[str, type] = {"run": str, "route": str, "sparse_parameters": int}
     optional: dict[str, type] = {"merged": str, "trained": list, "started_from": str, START: str}
-    optional |= {"kept_experts": dict, "approximates": str}
     plain = dict.fromkeys(PLAIN, ("run", "route", "sparse_parameters"))
     carried = {**plain, "consolidated": ("run",), "hybrid": ("run", "sparse_parameters")}
     if stored.kind not in carried:
         return provenance
     path = stored.home / PROVENANCE
     before = read_fields(path)
-    if stored.kind == "consolidated" and "grown_from" not in before:
-        optional["sparse_parameters"] = int  # of a sub-network, the whole model's
+    if "grown_from" not in before:  # a grown model is a new one, whatever it was made from
+        optional |= {"kept_experts": dict, "approximates": str, "sparse_parameters": int}
     kept = (*carried[stored.kind], *(key for key in optional if key in before))
     check_fields(path, before, **{key: (fields | optional)[key] for key in kept})
     return provenance | {key: before[key] for key in kept}
