@@ -263,7 +263,7 @@ def test_refused(place, tmp_path, capsys, case):
 
 def test_experts_are_kept_for_a_direction(place, tmp_path):
     whole(place, tmp_path / "whole", TOKEN_TOP1, None)
-    with pytest.raises(UserError, match="are kept for one direction: name it, as in --direction en-de"):
+    with pytest.raises(UserError, match="by their use in one direction: name it, as in --direction en-de"):
         convert(tmp_path / "whole", "huggingface", None, tmp_path / "out", keep="2")
     with pytest.raises(UserError, match="gives each token 1 of 2 experts"):
         convert(tmp_path / "whole", "huggingface", EN_DE, tmp_path / "out", keep="2")
