@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,34 +33,33 @@ def compare(
     ``wanted`` has the seeds of each member, by default all; ``teachers`` the rows from which members are
     distilled.
     """
-    main = TASKS[task].main
+    main, unit = TASKS[task].main, TASKS[task].unit
     against = scores.get(baseline, {})
-    means, reference = _by_direction(against.values()), _group_scores(against.values())
+    means = _by_direction(against.values())
+    by_direction = {key: _by_direction(scores.get(key, {}).values()) for key in titles}
+    scored = {direction for directions in by_direction.values() for direction in directions}
     rows = []
     for key, title in titles.items():
-        tables = dict(sorted(scores.get(key, {}).items()))
-        directions, groups = _by_direction(tables.values()), _group_scores(tables.values())
+        tables, directions = dict(sorted(scores.get(key, {}).items())), by_direction[key]
         gains = {d: score[main].mean - means[d][main].mean for d, score in directions.items() if d in means}
-        base = reference["all"][main].mean if reference else None
-        by_seed = (
-            {}
-            if base is None
-            else {seed: t.averages()["all"].metrics[main] - base for seed, t in tables.items()}
-        )
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
-        gain = groups["all"][main].mean - base if groups and base is not None else None
-        beyond = (
-            _apart(groups["all"][main], reference["all"][main])
-            if groups and reference and key != baseline
-            else None
-        )
+        # A member with models for some directions is compared in these alone.
+        own = {seed: _mean(table, gains, main) for seed, table in tables.items()} if gains else {}
+        reference = Spread.of(_mean(table, gains, main) for table in against.values()) if gains else None
+        spread = Spread.of(own.values())
+        gain, by_seed, beyond = None, dict[int, float](), None
+        if spread is not None and reference is not None:
+            gain = spread.mean - reference.mean
+            by_seed = {seed: mean - reference.mean for seed, mean in own.items()}
+            beyond = None if key == baseline else _apart(spread, reference)
+        some = f" ({len(directions)} of {len(scored)} {unit}s)" if 0 < len(directions) < len(scored) else ""
         rows.append(
             Row(
                 *key,
-                title,
+                title + some,
                 costs[key],
                 tuple(tables),
-                groups,
+                _group_scores(tables.values()),
                 directions,
                 gain,
                 by_seed,
@@ -103,6 +103,12 @@ def _apart(one: Spread, other: Spread) -> bool | None:
     if min(one.seeds, other.seeds) < 2:
         return None
     return one.smallest > other.largest or one.largest < other.smallest
+
+
+def _mean(table: ScoreTable, directions: Iterable[str], metric: str) -> float:
+    """Return the mean score of a table over some of its directions."""
+    found = {str(score.direction): score.metrics[metric] for score in table.directions}
+    return statistics.fmean(found[direction] for direction in directions)
 
 
 def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:

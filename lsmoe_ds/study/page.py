@@ -40,7 +40,7 @@ def draw_picture(comparison: Comparison) -> Markup | None:
     points = [
         (row.costs.serving_one / 1e6, row.groups["all"][main].mean, row.title)
         for row in comparison.rows
-        if "all" in row.groups
+        if len(row.directions) == len(comparison.directions) > 0  # the mean of some is another question
     ]
     if len({x for x, _, _ in points}) < 2:
         return None

@@ -15,7 +15,7 @@ from lsmoe_ds.evaluation.direction_scores import DirectionScore
 from lsmoe_ds.evaluation.groups import Metrics
 from lsmoe_ds.evaluation.scores import ScoreTable
 from lsmoe_ds.study.comparing import compare
-from lsmoe_ds.study.page import render_page
+from lsmoe_ds.study.page import draw_picture, render_page
 from lsmoe_ds.study.table import Comparison, Costs, Row, Spread
 
 SIGNATURES = {"bleu": "b", "chrf": "c", "chrfpp": "p"}
@@ -87,6 +87,19 @@ def test_means_spreads_gains_and_win_ratio():
     assert lms.win_ratio == 0.75 and lms.seeds == (1, 2)
     assert naive.win_ratio is None and naive.gain_by_seed == {1: -1.25, 2: 1.25}
     assert shared.win_ratio is None and shared.gain is None and shared.groups == {} and shared.seeds == ()
+
+
+def test_a_member_with_some_directions_is_compared_in_these():
+    some = {1: scored(en_de=26, de_en=31), 2: scored(en_de=28, de_en=31)}
+    found = comparison_of({**SCORES, SHARED: some})
+    naive, lms, shared = found.rows
+    # The baseline's seeds have 25 and 26 in these two directions.
+    assert shared.gain == 3.5 and shared.gain_by_seed == {1: 3.0, 2: 4.0} and shared.beyond_seeds is True
+    assert shared.win_ratio == 1.0 and (naive.gain, lms.gain) == (0.0, 1.75)
+    assert [row.title for row in found.rows] == [*TITLES.values()][:2] + ["LMS, shared (2 of 4 directions)"]
+    few = replace(shared, costs=replace(shared.costs, serving_one=1_000_000))
+    picture = draw_picture(replace(found, rows=(naive, replace(lms, costs=few.costs), few)))
+    assert picture is not None and "Naive" in picture and "LMS, shared" not in picture
 
 
 def test_how_much_of_its_teachers_gain_a_student_keeps():
