@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,23 +35,24 @@ def compare(
     """
     main, unit = TASKS[task].main, TASKS[task].unit
     against = scores.get(baseline, {})
-    means = _by_direction(against.values())
     by_direction = {key: _by_direction(scores.get(key, {}).values()) for key in titles}
     scored = {direction for directions in by_direction.values() for direction in directions}
     rows = []
     for key, title in titles.items():
         tables, directions = dict(sorted(scores.get(key, {}).items())), by_direction[key]
+        # Members with fewer seeds are compared with the same seeds of the baseline, if it has them.
+        same = [against[seed] for seed in tables if seed in against]
+        means = _by_direction(same or against.values())
         gains = {d: score[main].mean - means[d][main].mean for d, score in directions.items() if d in means}
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
-        # A member with models for some directions is compared in these alone.
-        own = {seed: _mean(table, gains, main) for seed, table in tables.items()} if gains else {}
-        reference = Spread.of(_mean(table, gains, main) for table in against.values()) if gains else None
-        spread = Spread.of(own.values())
+        # Those with models for some directions are compared in these alone.
+        own, others = (_seed_means(each, gains, main) for each in (tables, against))
         gain, by_seed, beyond = None, dict[int, float](), None
-        if spread is not None and reference is not None:
-            gain = spread.mean - reference.mean
-            by_seed = {seed: mean - reference.mean for seed, mean in own.items()}
-            beyond = None if key == baseline else _apart(spread, reference)
+        if own:
+            base = statistics.fmean([others[seed] for seed in own if seed in others] or others.values())
+            by_seed = {seed: mean - base for seed, mean in own.items()}
+            gain = statistics.fmean(by_seed.values())
+            beyond = None if key == baseline else _apart(own.values(), others.values())
         some = f" ({len(directions)} of {len(scored)} {unit}s)" if 0 < len(directions) < len(scored) else ""
         rows.append(
             Row(
@@ -70,12 +71,16 @@ def compare(
                 tuple(seed for seed in (wanted or {}).get(key[0], seeds) if seed not in tables),
             )
         )
-    gains_of = {(row.member, row.route): row.gain_by_seed for row in rows if not row.is_baseline}
     for number, row in enumerate(rows):
-        taught = gains_of.get((teachers or {}).get(row.member, ("", "")), {})
-        both = row.gain_by_seed.keys() & taught.keys()
-        if (whole := sum(taught[seed] for seed in both)) > 0:
-            rows[number] = replace(row, kept_of_teacher=sum(row.gain_by_seed[seed] for seed in both) / whole)
+        teacher = (teachers or {}).get(row.member)
+        if teacher in (None, baseline) or not row.gain_by_direction:
+            continue
+        three = [scores.get(key, {}) for key in ((row.member, row.route), teacher, baseline)]
+        own, taught, others = (_seed_means(each, row.gain_by_direction, main) for each in three)
+        seeds_of_all = own.keys() & taught.keys() & others.keys()
+        if (whole := sum(taught[seed] - others[seed] for seed in seeds_of_all)) > 0:
+            kept = sum(own[seed] - others[seed] for seed in seeds_of_all) / whole
+            rows[number] = replace(row, kept_of_teacher=kept)
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     averages = any_table.averages() if any_table else {}
     copy = {group: average.copy for group, average in averages.items() if average.copy is not None}
@@ -95,20 +100,28 @@ def compare(
     )
 
 
-def _apart(one: Spread, other: Spread) -> bool | None:
+def _apart(one: Collection[float], other: Collection[float]) -> bool | None:
     """Tell whether all seeds of one score above, or all below, every seed of the other.
 
     None if either has fewer than two seeds.
     """
-    if min(one.seeds, other.seeds) < 2:
+    if min(len(one), len(other)) < 2:
         return None
-    return one.smallest > other.largest or one.largest < other.smallest
+    return min(one) > max(other) or max(one) < min(other)
 
 
-def _mean(table: ScoreTable, directions: Iterable[str], metric: str) -> float:
-    """Return the mean score of a table over some of its directions."""
-    found = {str(score.direction): score.metrics[metric] for score in table.directions}
-    return statistics.fmean(found[direction] for direction in directions)
+def _seed_means(
+    tables: Mapping[int, ScoreTable], directions: Collection[str], metric: str
+) -> dict[int, float]:
+    """Return the mean score over some directions by seed; empty if there are no directions."""
+    if not directions:
+        return {}
+    return {
+        seed: statistics.fmean(
+            score.metrics[metric] for score in table.directions if str(score.direction) in directions
+        )
+        for seed, table in tables.items()
+    }
 
 
 def _by_direction(tables: Iterable[ScoreTable]) -> dict[str, Scores]:

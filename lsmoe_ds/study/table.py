@@ -67,8 +67,8 @@ class Costs:
 class Row:
     """The scores of a row over the seeds that exist.
 
-    Gains are in the task's main metric over the baseline's mean, for all directions by seed and for each
-    direction.
+    Gains are in the task's main metric over the baseline's mean of the row's directions and seeds, by seed
+    and for each direction.
     ``win_ratio`` is the share of directions, from 0 to 1, whose mean over seeds is above the baseline's.
     ``beyond_seeds`` is true if the gain exceeds the variation between seeds: every seed of the row scores
     above every seed of the baseline, or every seed below. It is None for the baseline itself, and if either
@@ -293,7 +293,8 @@ class Comparison:
         about = f"Means over the {unit}s of a group.{spread}"
         if with_ratio:
             about += (
-                f" Win ratio: the share of {unit}s whose mean is above that of {self.baseline}. "
+                f" Win ratio: the share of {unit}s whose mean is above that of {self.baseline}, over the "
+                "row's seeds. "
                 f"{self.about_seeds()}"
             )
         return Grid(

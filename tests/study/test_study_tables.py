@@ -106,7 +106,7 @@ def test_how_much_of_its_teachers_gain_a_student_keeps():
     tables = {
         NAIVE: SCORES[NAIVE],
         LMS: SCORES[LMS],
-        SHARED: {2: scored(en_de=20, de_en=30, en_fr=16, fr_en=21)},
+        SHARED: {2: scored(en_de=22, de_en=31, en_fr=16, fr_en=24)},
     }
 
     def compared(tables):
@@ -117,12 +117,14 @@ def test_how_much_of_its_teachers_gain_a_student_keeps():
         return compare("x", 1, [1, 2], {}, NAIVE, titles, costs, scores, teachers=teachers)
 
     found = compared(tables)
-    # With seed 2, which both have, the student gains 0.5 and its teacher 2.75.
-    assert found.rows[2].kept_of_teacher == pytest.approx(0.5 / 2.75)
+    # With seed 2, which both have, the baseline scores 22.5, the student 23.25 and its teacher 24.
+    assert found.rows[2].kept_of_teacher == pytest.approx(0.75 / 1.5)
+    assert found.rows[2].gain == found.rows[2].gain_by_seed[2] == 0.75, "of the same seed"
+    assert found.rows[2].gain_by_direction == {"en-de": 0, "de-en": 1, "en-fr": 2, "fr-en": 0}
     assert found.rows[1].kept_of_teacher is None, "the baseline has no gain to keep"
     grid = next(grid for grid in found.grids() if grid.title == "chrF++")
     assert grid.columns[-1] == "Kept of its teacher's gain"
-    assert [row[-1] for row in grid.rows] == ["–", "–", "18%", "–"]
+    assert [row[-1] for row in grid.rows] == ["–", "–", "50%", "–"]
     assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     worse = compared(tables | {LMS: {2: scored(en_de=1, de_en=2, en_fr=3, fr_en=4)}})
     assert worse.rows[2].kept_of_teacher is None, "nor has a teacher that is worse"
