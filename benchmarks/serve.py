@@ -202,7 +202,7 @@ def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         key: medians([each[key] for each in found])
         if isinstance(value, dict)
-        else statistics.median(each[key] for each in found)
+        else round(statistics.median(each[key] for each in found), 3)
         for key, value in found[0].items()
     }
 
