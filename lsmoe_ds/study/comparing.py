@@ -42,8 +42,10 @@ def compare(
         tables, directions = dict(sorted(scores.get(key, {}).items())), by_direction[key]
         # Members with fewer seeds are compared with the same seeds of the baseline, if it has them.
         same = [against[seed] for seed in tables if seed in against]
-        means = _by_direction(same or against.values())
-        gains = {d: score[main].mean - means[d][main].mean for d, score in directions.items() if d in means}
+        reference = _by_direction(same or against.values())
+        gains = {
+            d: score[main].mean - reference[d][main].mean for d, score in directions.items() if d in reference
+        }
         ratio = sum(gain > 0 for gain in gains.values()) / len(gains) if gains and key != baseline else None
         # Those with models for some directions are compared in these alone.
         own, others = (_seed_means(each, gains, main) for each in (tables, against))
@@ -76,11 +78,8 @@ def compare(
         if teacher in (None, baseline) or not row.gain_by_direction:
             continue
         three = [scores.get(key, {}) for key in ((row.member, row.route), teacher, baseline)]
-        own, taught, others = (_seed_means(each, row.gain_by_direction, main) for each in three)
-        seeds_of_all = own.keys() & taught.keys() & others.keys()
-        if (whole := sum(taught[seed] - others[seed] for seed in seeds_of_all)) > 0:
-            kept = sum(own[seed] - others[seed] for seed in seeds_of_all) / whole
-            rows[number] = replace(row, kept_of_teacher=kept)
+        means = (_seed_means(each, row.gain_by_direction, main) for each in three)
+        rows[number] = replace(row, kept_of_teacher=_kept_of_gain(*means))
     any_table = next((table for tables in scores.values() for table in tables.values()), None)
     averages = any_table.averages() if any_table else {}
     copy = {group: average.copy for group, average in averages.items() if average.copy is not None}
@@ -108,6 +107,18 @@ def _apart(one: Collection[float], other: Collection[float]) -> bool | None:
     if min(len(one), len(other)) < 2:
         return None
     return min(one) > max(other) or max(one) < min(other)
+
+
+def _kept_of_gain(
+    student: Mapping[int, float], teacher: Mapping[int, float], baseline: Mapping[int, float]
+) -> float | None:
+    """Return the share of its teacher's gain that a student keeps, over the seeds that all three have.
+
+    None if the teacher gains nothing.
+    """
+    seeds = student.keys() & teacher.keys() & baseline.keys()
+    gain = sum(teacher[seed] - baseline[seed] for seed in seeds)
+    return sum(student[seed] - baseline[seed] for seed in seeds) / gain if gain > 0 else None
 
 
 def _seed_means(
