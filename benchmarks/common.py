@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from lsmoe_ds import interrupt
+from lsmoe_ds.console import run_command
 from lsmoe_ds.data.batches import DirectionIds, PairBatch
 from lsmoe_ds.directions import Direction, Languages
-from lsmoe_ds.errors import UserError
 from lsmoe_ds.folders import write_whole
 from lsmoe_ds.launch import joining
 from lsmoe_ds.launch.memory import keep_large_blocks
@@ -74,21 +74,21 @@ def _writable(text: str) -> Path:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a benchmark as ``lsmoe`` runs a verb.
+    """Run a benchmark as ``lsmoe`` runs a verb: a user's error is one sentence and status 2.
 
-    A user's error is one sentence and status 2. A signal that asks to stop raises Interrupted, so that
-    temporary folders are removed. A process that fails has said why.
+    A signal that asks to stop raises Interrupted, so that temporary folders are removed; `lsmoe bench` says
+    that it was stopped. A process of the benchmark that fails has said why.
     """
-    interrupt.clean_up_and_leave()
-    try:
-        main()
-    except UserError as error:
-        print(f"lsmoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    except subprocess.CalledProcessError as error:
-        sys.exit(max(error.returncode, 1))
-    except interrupt.Interrupted as asked:
-        sys.exit(interrupt.status_of(asked.number))
+
+    def run() -> None:
+        try:
+            main()
+        except subprocess.CalledProcessError as error:
+            sys.exit(max(error.returncode, 1))
+        except interrupt.Interrupted as asked:
+            sys.exit(interrupt.status_of(asked.number))
+
+    run_command(run)
 
 
 def write(result: dict[str, Any], out: Path | None) -> None:

@@ -44,7 +44,6 @@ def test_it_starts(name, monkeypatch, capsys):
 def test_a_users_error_is_one_sentence(options, message, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     common, serve = map(importlib.import_module, ("common", "serve"))
-    monkeypatch.setattr(common.interrupt, "clean_up_and_leave", lambda: None)  # not of the tests' process
     monkeypatch.setattr(sys, "argv", ["serve.py", *options])
     with pytest.raises(SystemExit) as left:
         common.run_main(serve.main)
