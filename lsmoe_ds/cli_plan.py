@@ -50,8 +50,9 @@ def plan(
     from lsmoe_ds.data.vocabulary import read_vocabulary
     from lsmoe_ds.folders import check_can_write, write_whole
     from lsmoe_ds.planning.devices import DEVICES
-    from lsmoe_ds.planning.fit import Cluster, find_fits, table_of
+    from lsmoe_ds.planning.fit import find_fits, table_of
     from lsmoe_ds.planning.plan import plan as make_plan
+    from lsmoe_ds.planning.times import Cluster
 
     if fit != (gpus is not None):
         raise UserError("--fit and --gpus go together: lsmoe plan RECIPE --fit --gpus 64")

@@ -80,7 +80,8 @@ def write_layout(path: Path, run: Path) -> None:
 
     joining.join()
     recipe = load_recipe(run / RECIPE)
-    topology = Topology.build(recipe.parallel.tensor, recipe.parallel.expert, joining.device())
+    layout = recipe.parallel
+    topology = Topology.build(layout.tensor, layout.expert, joining.device(), layout.node)
     reshard(find_model(path), recipe, run, topology)
     dist.destroy_process_group()
 

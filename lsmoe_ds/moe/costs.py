@@ -112,7 +112,8 @@ def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> flo
 
         (R - 1) (1 - C(E - E/R, K) / C(E, K))
 
-    With ``groups`` the choice is among the E / groups consecutive experts of a random group.
+    With ``groups`` the choice is among the E / groups consecutive experts of a random group. With machines in
+    the place of ranks, these are the rows that cross the network if they cross it once to each machine.
     """
     each, block = experts // groups, experts // ranks
     reached = 0.0
@@ -123,12 +124,40 @@ def rows_at_random(experts: int, top_k: int, ranks: int, groups: int = 1) -> flo
     return reached / groups * (ranks - 1) / ranks
 
 
-def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int) -> float | None:
-    """Return the rows that leave their rank, per token and layer, if each batch is on its experts' rank.
+@dataclass(frozen=True)
+class Rows:
+    """The rows that leave their rank, per token and layer."""
 
-    ``affine`` has the experts by which task-affine batches are assigned to ranks. The result is 0, except
-    with tensor-parallel peers, which share a batch's tokens although only some of them hold the experts. None
-    if no rank holds all experts of a task, or if batches are not assigned by this layer's experts.
+    sent: float  # by the ranks of the tokens
+    forwarded: float = 0.0  # by ranks to others of their machine
+
+    @property
+    def all(self) -> float:
+        return self.sent + self.forwarded
+
+
+def random_rows(settings: MoE, ranks: int, node: int) -> Rows:
+    """Return the rows that leave their rank for K random distinct experts, on machines of ``node`` ranks.
+
+    The rank that a row arrives at forwards it to each rank of its machine that holds any of its experts, of
+    which itself is one in ``node``.
+    """
+
+    def leaving(ranks: int) -> float:
+        return rows_at_random(settings.experts, settings.top_k, ranks, settings.expert_groups)
+
+    if not 1 < node < ranks:
+        return Rows(leaving(ranks))
+    reached = leaving(ranks) * ranks / (ranks - 1)
+    return Rows(leaving(ranks // node), reached * (node - 1) / node)
+
+
+def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int, node: int = 1) -> Rows | None:
+    """Return the rows that leave their rank if each batch is on its experts' rank.
+
+    ``affine`` has the experts by which task-affine batches are assigned to ranks. No rows leave, except with
+    tensor-parallel peers, which share a batch's tokens although only some of them hold the experts. None if
+    no rank holds all experts of a task, or if batches are not assigned by this layer's experts.
     """
     follows = affine is not None and (settings.task, settings.expert_groups) == (
         affine.task,
@@ -136,12 +165,15 @@ def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int) -> 
     )
     if not settings.by_task or not follows or settings.expert_groups % ranks:
         return None
-    away, met = 0.0, 0
+    node = node if node < ranks else 1
+    sent, forwarded, met = 0, 0, 0
     for first in range(0, lcm(tensor, ranks), tensor):
         peers = [rank % ranks for rank in range(first, first + tensor)]
         for home in set(peers):
-            away, met = away + sum(rank != home for rank in peers) / tensor, met + 1
-    return away / met
+            met += tensor
+            sent += sum(rank // node != home // node for rank in peers)
+            forwarded += sum(rank % node != home % node for rank in peers)
+    return Rows(sent / met, forwarded / met)
 
 
 @dataclass(frozen=True)
@@ -152,8 +184,8 @@ class Exchange:
     layers: int
     row_bytes: int  # training
     row_bytes_inference: int
-    rows: float  # rows that leave their rank, per token and layer, with experts chosen at random
-    rows_home: float | None  # the same if each task-affine batch is on a rank that holds its experts
+    rows: Rows  # with experts chosen at random
+    rows_home: Rows | None  # if each task-affine batch is on a rank that holds its experts
     # How often each token is routed in training: twice where both routes are trained, unless a shared
     # feed-forward takes one of them.
     routed: int
@@ -162,15 +194,19 @@ class Exchange:
     lent_bytes_back: int  # bytes of their gradients, per backward pass: summed in float32
     chunks: int  # in training
     values: int  # of a rank's experts, in all layers
-    count_bytes: int  # bytes of counts per rank, layer and micro-batch: two int64 per chunk and other rank
+    # Bytes of counts per rank, layer and micro-batch: two int64 per chunk and other rank of a stage.
+    count_bytes: int
 
     def pass_bytes(self, at_home: bool = False) -> float:
         """Return the bytes per routed token of this side, over all its layers, in one forward pass."""
         return self._rows(at_home) * self.row_bytes_inference
 
+    def rows_of(self, at_home: bool) -> Rows:
+        """Return :attr:`rows`, or :attr:`rows_home` if it is known and asked for."""
+        return self.rows_home if at_home and self.rows_home is not None else self.rows
+
     def _rows(self, at_home: bool) -> float:
-        rows = self.rows_home if at_home and self.rows_home is not None else self.rows
-        return self.layers * rows * (1 - self.at_home)
+        return self.layers * self.rows_of(at_home).all * (1 - self.at_home)
 
     def token_bytes(self, at_home: bool = False, ahead: bool = False) -> float:
         """Return the bytes per routed token of this side, over all its layers, forward and backward.
@@ -188,6 +224,7 @@ def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -
     R - 1 other ranks, and they send gradients back.
     """
     known = {load.side: load for load in of_sides}
+    node = recipe.parallel.forwards_among
     model, layout, again = recipe.model, recipe.parallel, recipe.training.activation_checkpointing
     found = []
     for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
@@ -206,8 +243,8 @@ def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -
                     layers=layers,
                     row_bytes=training + again * inference,
                     row_bytes_inference=inference,
-                    rows=rows_at_random(moe.experts, moe.top_k, layout.expert, moe.expert_groups),
-                    rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor),
+                    rows=random_rows(moe, layout.expert, node),
+                    rows_home=rows_at_home(moe, model.affine, layout.expert, layout.tensor, node),
                     routed=model.routed(moe),
                     at_home=0.0 if load is None else load.share,
                     lent_bytes=value_bytes * lent,
@@ -216,7 +253,7 @@ def exchanges(recipe: Recipe, value_bytes: int, of_sides: Iterable[Load] = ()) -
                     values=moe.experts
                     // layout.expert
                     * sum(count_feed_forward(model.hidden, width).total for width in widths),
-                    count_bytes=16 * moe.chunks * (layout.expert - 1),
+                    count_bytes=16 * moe.chunks * (layout.expert // node - 1 + node - 1),
                 )
             )
     return found

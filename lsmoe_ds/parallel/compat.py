@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -198,6 +199,16 @@ def initialize_megatron(tensor: int, expert: int) -> Any:
         tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
     )
     return state
+
+
+def new_groups(ranks: list[list[int]]) -> dist.ProcessGroup:
+    """Build a group of each list of ranks, and return that of this rank. Every rank must call this.
+
+    They wait as long as Megatron's groups do.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(minutes=30))
+    assert group is not None
+    return group
 
 
 def megatron_config() -> Any:

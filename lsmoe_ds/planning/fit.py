@@ -1,6 +1,6 @@
 """``lsmoe plan --fit``: find the layouts of a recipe that fit into given GPUs, and estimate their step times.
 
-S tokens, H hidden, R expert-parallel ranks, C chunks; t tensor-parallel, D data-parallel ranks.
+The estimate is in :mod:`lsmoe_ds.planning.times`.
 """
 
 from __future__ import annotations
@@ -13,54 +13,23 @@ from pydantic import ValidationError
 
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.recipe import Recipe
-from lsmoe_ds.config.shapes import LinearShape, shapes_of
 from lsmoe_ds.data.shares import Shares, planned_shares, with_named_replicas
 from lsmoe_ds.errors import UserError
-from lsmoe_ds.moe.costs import exchanges
-from lsmoe_ds.moe.load import loads
 from lsmoe_ds.notices import counted
-from lsmoe_ds.planning.arithmetic import LENGTH, flops
-from lsmoe_ds.planning.costs import VALUE_BYTES, counts_ahead
-from lsmoe_ds.planning.devices import HOST_RATE, Device
-from lsmoe_ds.planning.memory import Memory, local_parameters, memory
+from lsmoe_ds.planning.memory import Memory, memory
 from lsmoe_ds.planning.plan import UNKNOWN, human, is_known
-from lsmoe_ds.planning.trained import count_trained
+from lsmoe_ds.planning.times import Cluster, Times, estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ROWS = 10  # most rows of the table
 SENTENCES = 2  # of the greatest length, that a batch has room for
-PRECISION, VALUE = "bfloat16", VALUE_BYTES["bfloat16"]
+PRECISION = "bfloat16"
 USABLE = 0.95  # the usable share of a GPU's memory
-# The share of a step that two chunks must save: more messages and kernels cost time that is not estimated.
-CHUNKS_SAVE = 0.05
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """``gpus`` equal GPUs, ``node`` of them in each machine."""
-
-    gpus: int
-    node: int
-    device: Device
-    network_rate: float  # bytes per second and GPU between machines, in one direction
-    efficiency: float  # the share of the peak FLOP/s that matrix products reach
-
-
-@dataclass(frozen=True)
-class Times:
-    """The seconds of each part of an optimizer step. Only dispatch in chunks overlaps with computation."""
-
-    compute: float
-    dispatch: float  # tokens to and from their experts, without what is hidden behind computation
-    tensor: float  # sums over tensor-parallel ranks
-    gradients: float  # reduction of gradients and, from ZeRO stage 1, collection of weights
-    optimizer: float
-
-    @property
-    def step(self) -> float:
-        return self.compute + self.dispatch + self.tensor + self.gradients + self.optimizer
+# The share of a step that two chunks, or forwarding within machines, must save: more messages and kernels
+# cost time that is not estimated.
+MUST_SAVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -94,6 +63,7 @@ class Fit:
         return {
             "tensor": parallel.tensor,
             "expert": parallel.expert,
+            "node": parallel.node,
             "zero": self.memory.stage,
             "replicas": self.replicas,
             "chunks": self.chunks,
@@ -115,8 +85,8 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
     step do not change; micro-batches are as large as the memory allows. Activation checkpointing is on if the
     recipe enables it, if a layout does not fit otherwise, or if it allows larger micro-batches and is faster.
     Experts of busy tasks have replicas if the recipe says so, or if that is faster. Rows travel in two chunks
-    if the recipe says so, or if that saves at least CHUNKS_SAVE of the step. Raises UserError if no layout
-    fits.
+    if the recipe says so, or if that saves at least MUST_SAVE of the step; likewise they are forwarded within
+    machines, whatever the recipe says. Raises UserError if no layout fits.
     """
     if not is_known(recipe):
         raise UserError(f"'model.huggingface': {UNKNOWN}")
@@ -144,7 +114,7 @@ def find_fits(recipe: Recipe, cluster: Cluster) -> list[Fit]:
                             fits.append(Fit(changed, accumulation, needed, times))
                             break
                 best += fits
-            found += [_in_chunks(fit, cluster, shares) for fit in sorted(best, key=_speed)[:1]]
+            found += [_with_faster_exchange(fit, cluster, shares) for fit in sorted(best, key=_speed)[:1]]
     if not found:
         _check_tokens(recipe, cluster)
         least = f"; the smallest needs {min(peaks) / 1e9:.3g} GB on each" if peaks else ""
@@ -177,24 +147,34 @@ def _with_and_without_replicas(recipe: Recipe, expert: int, shares: Shares) -> l
     return found
 
 
-def _in_chunks(fit: Fit, cluster: Cluster, shares: Shares) -> Fit:
-    """Return the fit with two chunks instead of one, if that fits and is worth it; otherwise as it is."""
-    model = fit.recipe.model
-    sides = {
+def _with_faster_exchange(fit: Fit, cluster: Cluster, shares: Shares) -> Fit:
+    """Return the fit with two chunks instead of one, with rows forwarded within machines, or with both.
+
+    Each must fit and be worth it. Otherwise the fit stays as it is.
+    """
+    model, parallel = fit.recipe.model, fit.recipe.parallel
+    if parallel.expert == 1:
+        return fit
+    cut = {
         name: side.model_copy(update={"moe": side.moe.model_copy(update={"chunks": 2})})
         for name, side in (("encoder", model.encoder), ("decoder", model.decoder))
         if side.moe is not None and side.moe.chunks == 1
     }
-    if not sides or fit.recipe.parallel.expert == 1:
-        return fit
-    recipe = fit.recipe.model_copy(update={"model": model.model_copy(update=sides)})
-    needed, times = (
-        memory(recipe, cluster.gpus, fit.memory.stage, PRECISION),
-        estimate(recipe, cluster, shares),
-    )
-    fits = needed.gpu_peak <= USABLE * cluster.device.memory
-    saves = times.step <= (1 - CHUNKS_SAVE) * fit.times.step
-    return replace(fit, recipe=recipe, memory=needed, times=times) if fits and saves else fit
+    forwards = cluster.node < parallel.expert and parallel.expert % cluster.node == 0
+    best = fit
+    for node in (1, cluster.node)[: 1 + forwards]:
+        for sides in ({}, cut)[: 1 + bool(cut)]:
+            changed = {
+                "model": model.model_copy(update=sides),
+                "parallel": parallel.model_copy(update={"node": node}),
+            }
+            recipe = fit.recipe.model_copy(update=changed)
+            needed = memory(recipe, cluster.gpus, fit.memory.stage, PRECISION)
+            times = estimate(recipe, cluster, shares)
+            fits = needed.gpu_peak <= USABLE * cluster.device.memory
+            if fits and times.step <= (1 - MUST_SAVE) * best.times.step:
+                best = replace(fit, recipe=recipe, memory=needed, times=times)
+    return best
 
 
 def _speed(fit: Fit) -> tuple[float, int]:
@@ -217,7 +197,8 @@ def table_of(fits: Sequence[Fit], cluster: Cluster) -> Table:
     layout = ("parallel.tensor", "parallel.expert", "ZeRO", "batches", "tokens each")
     lends = any(each.replicas for each in fits)
     cuts = any(max(each.chunks.values(), default=1) > 1 for each in fits)
-    more = ["replicas of"] * lends + ["chunks"] * cuts
+    forwards = any(each.recipe.parallel.node > 1 for each in fits)
+    more = ["replicas of"] * lends + ["chunks"] * cuts + ["parallel.node"] * forwards
     for column in (*layout, "checkpointing", *more, "peak", *parts, "tokens / s"):
         made.add_column(column, justify="right")
     best: dict[tuple[int, int], Fit] = {}
@@ -233,6 +214,7 @@ def table_of(fits: Sequence[Fit], cluster: Cluster) -> Table:
             "yes" if each.recipe.training.activation_checkpointing else "no",
             *[", ".join(sorted({task for tasks in each.replicas.values() for task in tasks})) or "-"] * lends,
             *[_chunks_of(each)] * cuts,
+            *[str(each.recipe.parallel.node)] * forwards,
             f"{each.memory.gpu_peak / 1e9:.1f} GB",
             *(_milliseconds(times[part]) for part in parts),
             human(each.tokens_per_second),
@@ -303,96 +285,3 @@ def _with(
     except (ValidationError, UserError):
         return None
     return changed
-
-
-def hidden(exchange: float, compute: float, chunks: int) -> float:
-    """Return the seconds of exchange that a pass through a layer hides behind computation.
-
-    ``exchange`` are the seconds of all rows there and back, ``compute`` those of the experts. The first of C
-    chunks on its way there and the last on its way back have nothing to overlap with::
-
-        min((1 - 1 / C) exchange, compute)
-    """
-    return min((1 - 1 / chunks) * exchange, compute)
-
-
-def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> Times:
-    """Estimate the seconds of one optimizer step in bfloat16.
-
-    With v = 2 bytes per value and S tokens per step, half source and half target::
-
-        compute     FLOPs of S tokens / ranks / (peak x efficiency), with those of a pass ahead of the step,
-                    and for each further chunk of a micro-batch v e (5 + its forward passes) / memory rate
-        dispatch    bytes of :func:`lsmoe_ds.moe.costs.exchanges` / ranks / rate, likewise, less what chunks
-                    hide (:func:`hidden`)
-        tensor      for each sum over the t ranks, forward and backward, again with activation checkpointing,
-                    and in a pass ahead of the step: 2 (t - 1) / t S / 2 H v / D
-        gradients   2 (D - 1) / D v d, and 2 (X - 1) / X v e over the X ranks that hold the same experts
-        optimizer   6 + 2 s bytes for each value that the rank steps / memory rate; if it is stepped on the
-                    host, plus 12 bytes / the host's rate: the gradient, and the weight there and back
-
-    d and e are a rank's trained dense and expert parameters. s is the number of bytes per value that the
-    optimizer keeps or needs temporarily, and reads and writes beside the float32 gradient and the weight (12
-    for Adam). FLOPs and bytes include recomputed layers. The rate is that between machines for what leaves a
-    machine, otherwise that within it. If tasks load the ranks unevenly (:func:`lsmoe_ds.moe.load.busiest`),
-    all ranks wait for the busiest one, so its FLOPs of experts and its rows count, by the ``shares`` of
-    tasks. The weights of replicas are sent in each micro-batch, and their gradients returned in float32.
-    Each chunk reads all weights of a layer's local experts in each pass, writes their gradient, and adds it
-    to that of the other chunks.
-    Kernel launches, other waiting, and data are left out.
-    """
-    world, tensor, expert = cluster.gpus, recipe.parallel.tensor, recipe.parallel.expert
-    data, replicas = world // tensor, world // expert
-    step = recipe.data.batch.tokens * recipe.data.batch.count
-    of_sides = loads(recipe, shares or planned_shares(recipe))
-    work, found = flops(recipe, LENGTH), exchanges(recipe, VALUE, of_sides)
-    ahead, again = counts_ahead(recipe, world), recipe.training.activation_checkpointing
-    half = step if recipe.model.alone == "encoder" else step / 2  # an encoder-only model has no target tokens
-    operations = half * (work.source_training + work.target_training + ahead * work.forward)
-    affine = recipe.data.batch.languages == "task-affine"
-    of_experts = {"encoder": work.source_experts, "decoder": work.target_experts}
-    for load in of_sides:  # a pass ahead costs a third or a fourth of training
-        more = (1 + ahead / (3 + again)) * (load.busiest / load.even - 1)
-        operations += half * of_experts[load.side] * more
-    crowded = {load.side: load.crowding for load in of_sides}
-    outside = max(0, expert - cluster.node) / max(1, expert - 1)  # share of expert peers on other machines
-    byte = outside / cluster.network_rate + (1 - outside) / cluster.device.link_rate
-    flop = 1 / (cluster.device.half * cluster.efficiency)
-    passes = 1 + ahead + again
-    batches = recipe.data.batch.count * tensor / world  # micro-batches of a rank
-    dispatch, further = 0.0, 0
-    for each in found:
-        rows = step / 2 * each.routed * crowded[each.side] / world
-        whole, once = (
-            rows * bytes_ * byte for bytes_ in (each.token_bytes(affine, ahead), each.pass_bytes(affine))
-        )
-        # A forward pass takes a third of the operations of training, with recomputed layers a fourth.
-        computed = half / world * of_experts[each.side] / (3 + again) * crowded[each.side] * flop
-        computed *= 1 - each.at_home
-        dispatch += whole - passes * hidden(once, computed, each.chunks)
-        dispatch -= hidden(whole - passes * once, 2 * computed, each.chunks)
-        further += (each.chunks - 1) * each.values
-    lent = sum(passes * each.lent_bytes + each.lent_bytes_back for each in found)
-    dispatch += batches * lent * byte
-    # A row-parallel layer sums its outputs; the layers before it sum the gradients of their input.
-    sums = sum(isinstance(site, LinearShape) and site.split == "row" for site in shapes_of(recipe.model))
-    summed = (2 + again + ahead) * sums * 2 * (tensor - 1) / tensor * step / 2 / data * recipe.model.hidden
-    dense, experts = local_parameters(count_trained(recipe), tensor, expert)
-    rates = {
-        ranks: cluster.device.link_rate if ranks <= cluster.node else cluster.network_rate
-        for ranks in (world, tensor)
-    }
-    reduced = 2 * VALUE * (dense * (data - 1) / data + experts * (replicas - 1) / replicas)
-    stage = int(recipe.deepspeed["zero_optimization"]["stage"])  # type: ignore[index]
-    optimizer = recipe.training.optimizer_settings
-    kept = optimizer.value_bytes(stage, True) + optimizer.step_bytes(True)
-    stepped = dense / data + experts / replicas if stage else dense + experts
-    return Times(
-        compute=operations / world * flop
-        + batches * further * VALUE * (passes + 5) / cluster.device.memory_rate,
-        dispatch=dispatch,
-        tensor=VALUE * summed / rates[tensor],
-        gradients=reduced / rates[world],
-        optimizer=stepped * (6 + 2 * kept) / cluster.device.memory_rate
-        + (optimizer.host_bytes() > 0) * stepped * 12 / HOST_RATE,
-    )

@@ -43,6 +43,7 @@ class Plan:
     world: int
     tensor: int
     expert: int
+    node: int
     precision: str  # what the recipe's DeepSpeed configuration asks for
     stage: int
     parameters: Parts
@@ -70,6 +71,7 @@ class Plan:
                 "world": self.world,
                 "tensor": self.tensor,
                 "expert": self.expert,
+                "node": self.node,
                 "data": self.world // self.tensor,
             },
             "parameters": self.parameters.to_dict(),
@@ -87,6 +89,9 @@ class Plan:
             "exchanges": [
                 asdict(each)
                 | {
+                    "rows": each.rows.all,
+                    "rows_forwarded": each.rows.forwarded,
+                    "rows_home": None if each.rows_home is None else each.rows_home.all,
                     "token_bytes": each.token_bytes(),
                     "token_bytes_home": None if each.rows_home is None else each.token_bytes(at_home=True),
                 }
@@ -113,6 +118,8 @@ class Plan:
 
         ranks, data = counted(self.world, "rank"), self.world // self.tensor
         layout = f"{ranks}: tensor {self.tensor}, data {data}, expert {self.expert}"
+        forwards = 1 < self.node < self.expert
+        layout += f" on machines of {self.node}" * forwards
         unit = "language" if self.alone == "encoder" else "direction"
         routes = [f"all {unit}s, {route} route" for route in self.routes]
         served = f"one {unit} served" + (", at most" if self.serving_at_most else "")
@@ -146,6 +153,7 @@ class Plan:
                 "side",
                 "layers",
                 "rows leaving / token",
+                *["within a machine"] * forwards,
                 "all at home",
                 "bytes / row",
                 "bytes / token",
@@ -156,12 +164,13 @@ class Plan:
                 home = ["-", "-"]
                 if side.rows_home is not None:
                     home = [
-                        f"{side.rows_home * (1 - side.at_home):.2f}",
+                        f"{side.rows_home.all * (1 - side.at_home):.2f}",
                         in_bytes(side.token_bytes(at_home=True)),
                     ]
                 cells = [
                     str(side.layers),
-                    f"{side.rows * (1 - side.at_home):.2f}",
+                    f"{side.rows.all * (1 - side.at_home):.2f}",
+                    *[f"{side.rows.forwarded * (1 - side.at_home):.2f}"] * forwards,
                     home[0],
                     f"{side.row_bytes:,}",
                     in_bytes(side.token_bytes()),
@@ -309,6 +318,7 @@ def plan(recipe: Recipe, world: int | None = None, length: int = LENGTH) -> Plan
         world=world,
         tensor=tensor,
         expert=expert,
+        node=recipe.parallel.node,
         precision=precision,
         stage=stage,
         parameters=parts,

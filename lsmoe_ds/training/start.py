@@ -17,7 +17,7 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import check_weights
 from lsmoe_ds.config.layout import check_layout
 from lsmoe_ds.config.method import MethodSection
-from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.config.recipe import Parallel, Recipe
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.groups import with_listed_groups
@@ -225,6 +225,19 @@ def _open(recipe: Recipe, run: Path, held: ExitStack) -> None:
     check(recipe, run)
 
 
+def _sizes(layout: Parallel, membership: Membership) -> str:
+    """Describe the layout, and warn if machines do not have as many ranks as it says."""
+    told, node, here = f"tensor {layout.tensor}, expert {layout.expert}", layout.forwards_among, membership
+    if node > 1:
+        told += f" on machines of {node}"
+    if here.local_world % node:
+        told += (
+            f"\nwarning: parallel.node is {node}, but this machine has {counted(here.local_world, 'rank')}: "
+            "rows cross the network more than once"
+        )
+    return told
+
+
 def _join_and_train(recipe: Recipe, run: Path, membership: Membership, traced: Traced | None) -> int:
     import torch.distributed as dist
 
@@ -237,11 +250,9 @@ def _join_and_train(recipe: Recipe, run: Path, membership: Membership, traced: T
     )
     told = not membership.is_alone and membership.rank == 0
     if told:
-        print(
-            f"{party.describe()}; tensor {layout.tensor}, expert {layout.expert}", file=sys.stderr, flush=True
-        )
+        print(f"{party.describe()}; {_sizes(layout, membership)}", file=sys.stderr, flush=True)
     interrupt.save_and_leave(alone=membership.is_alone)
-    here = Topology.build(layout.tensor, layout.expert, joining.device())
+    here = Topology.build(layout.tensor, layout.expert, joining.device(), layout.node)
     with ExitStack() as held, watchdog.watch(party, hang_timeout):
         try:
             if not membership.is_alone:

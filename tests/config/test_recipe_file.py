@@ -135,7 +135,7 @@ WRITTEN = [
     (
         STEPS,
         "{steps: 4}\nparallel:",
-        "line 9: 'parallel' is empty: write its keys below it (tensor, expert), or leave it out",
+        "line 9: 'parallel' is empty: write its keys below it (tensor, expert, node), or leave it out",
     ),
     (
         BELOW,

@@ -28,9 +28,10 @@ from lsmoe_ds.directions import Direction, Languages, english_centric
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.moe.load import busiest, loads
 from lsmoe_ds.planning.devices import DEVICES
-from lsmoe_ds.planning.fit import Cluster, estimate, find_fits
+from lsmoe_ds.planning.fit import find_fits
 from lsmoe_ds.planning.memory import memory
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.planning.times import Cluster, estimate
 from lsmoe_ds.training import start
 
 # (tensor, expert, world, ZeRO stage)

@@ -11,9 +11,10 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.planning.arithmetic import flops
 from lsmoe_ds.planning.devices import DEVICES, Device
-from lsmoe_ds.planning.fit import VALUE, Cluster, estimate, find_fits, hidden, table_of
+from lsmoe_ds.planning.fit import find_fits, table_of
 from lsmoe_ds.planning.memory import memory
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.planning.times import VALUE, Cluster, estimate, hidden
 
 SMALL = Device(memory=2e9, memory_rate=1e11, link_rate=1e10, half=1e12, single=1e11)
 BIG = "recipes/papers/web-big-128.yaml"
@@ -136,12 +137,27 @@ def test_chunks_are_proposed_where_they_save_a_twentieth_of_a_step(recipe):
     asked = load_recipe(BIG, [*base(), *(f"model.{side}.moe.chunks=3" for side in ("encoder", "decoder"))])
     assert all(set(each.chunks.values()) == {3} for each in find_fits(asked, cluster(4)))
     asked = load_recipe(BIG, [*base(), "model.decoder.moe.chunks=3"])
-    columns = {
-        each.header: list(each.cells) for each in table_of(find_fits(asked, cluster(4)), cluster(4)).columns
-    }
+    whole = cluster(4, node=4)
+    columns = {each.header: list(each.cells) for each in table_of(find_fits(asked, whole), whole).columns}
     rows = list(zip(columns["parallel.expert"], columns["chunks"], strict=True))
     assert {("1", "-"), ("4", "1 / 3")} <= set(rows)
     assert all((ranks == "1") == (n == "-") for ranks, n in rows)
+
+
+def test_forwarding_within_machines_is_proposed_where_it_saves_a_twentieth_of_a_step():
+    """It does on a slow network, if the experts of a task are on one machine."""
+    routing = "{experts: 4, every: 2, routing: task, task: pair, expert_groups: 2, replicas: []}"
+    sides = [f"model.{side}.moe={routing}" for side in ("encoder", "decoder")]
+    recipe = load_recipe(BIG, [*base(), *sides])
+    for rate, node in ((1e7, 2), (1e12, 1)):
+        given = replace(cluster(4), network_rate=rate)
+        found = find_fits(recipe, given)
+        assert {each.recipe.parallel.node for each in found if each.recipe.parallel.expert == 4} == {node}
+        assert {each.recipe.parallel.node for each in found if each.recipe.parallel.expert < 4} == {1}
+        assert ("parallel.node" in {each.header for each in table_of(found, given).columns}) == (node == 2)
+        assert all(each.to_dict()["node"] == each.recipe.parallel.node for each in found)
+    one = replace(cluster(4, node=4), network_rate=1e7)
+    assert {each.recipe.parallel.node for each in find_fits(recipe, one)} == {1}, "of one machine"
 
 
 # Batches of the fewest tokens that sentences allow: on one rank each they cannot be cut.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support import PROJECT
 
@@ -9,7 +11,7 @@ from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.moe.costs import exchanges, rows_at_random
 from lsmoe_ds.planning.devices import DEVICES
-from lsmoe_ds.planning.fit import VALUE, Cluster, estimate
+from lsmoe_ds.planning.times import VALUE, Cluster, estimate
 
 CLUSTER = Cluster(64, 8, DEVICES["H100"], 50e9, 0.4)
 LAYOUT = ["parallel.expert=64", "data.batch.count=128", "data.batch.tokens=8192"]
@@ -65,33 +67,26 @@ GROUPED = [  # changes, and the groups of experts
 ]
 
 
-def test_the_table_of_rows_once_per_node_is_the_estimate():
-    """By node, a row crosses once to each node that holds any of its experts, to the rank there with the
-    sender's number, which forwards it to the ranks of its experts.
-    """
-    nodes = CLUSTER.gpus // CLUSTER.node
-    rows = table_below("Rows once per node, on paper")
-    assert len(rows) == len(GROUPED)
-    for written, (changes, groups) in zip(rows, GROUPED, strict=True):
-        recipe = paper(*changes)
-        times, tokens = estimate(recipe, CLUSTER), recipe.data.batch.tokens // 2
-        leaving = rows_at_random(128, 2, 64, groups)
-        across, within = leaving * 56 / 63, leaving * 7 / 63
-        across_by_node = rows_at_random(128, 2, nodes, groups)
-        within_by_node = leaving * 64 / 63 * 7 / 8  # from the rank that forwards them
-        if recipe.data.batch.languages == "task-affine":
-            across = within = across_by_node = within_by_node = 0.0
-        rate = CLUSTER.device.link_rate, CLUSTER.network_rate
-        flat, by_node = (
-            fast / rate[0] + slow / rate[1]
-            for fast, slow in ((within, across), (within_by_node, across_by_node))
-        )
-        dispatch = times.dispatch * (by_node / flat if flat else 1.0)
+def test_the_table_of_rows_once_per_machine_is_the_estimate():
+    nodes, chunks = CLUSTER.gpus // CLUSTER.node, CHUNKS
+    written = table_below("Rows once per machine, on paper")
+    assert len(written) == len(GROUPED)
+    for row, (changes, groups) in zip(written, GROUPED, strict=True):
+        recipe, forwarding = paper(*changes), paper(*changes, "parallel.node=8")
+        affine, tokens = recipe.data.batch.languages == "task-affine", recipe.data.batch.tokens // 2
+        across = 0.0 if affine else rows_at_random(128, 2, 64, groups) * 56 / 63
+        across_by_node = exchanges(forwarding, VALUE)[0].rows_of(affine).sent
+        assert across_by_node == (0.0 if affine else rows_at_random(128, 2, nodes, groups))
         row_bytes = exchanges(recipe, VALUE)[0].row_bytes_inference / 2
         found = [across, across_by_node]
         found += [tokens * across / 56 * row_bytes / 1e3, tokens * across_by_node / 7 * row_bytes / 1e3]
-        found += [1e3 * times.dispatch, 1e3 * dispatch, 1e3 * times.step]
-        found += [1e3 * (times.step - times.dispatch + dispatch)]
-        assert written == pytest.approx(found, rel=5e-3), changes
-    chunks = estimate(paper(*GROUPED[2][0], *CHUNKS), CLUSTER)
-    assert 1e3 * chunks.step == pytest.approx(96.5, rel=5e-3), "which the page also says"
+        both = [estimate(each, CLUSTER) for each in (recipe, forwarding)]
+        found += [1e3 * times.dispatch for times in both] + [1e3 * times.step for times in both]
+        assert row == pytest.approx(found, rel=5e-3), changes
+    of_nodes = [*GROUPED[2][0], *chunks]
+    for more, step in (([], 96.5), (["parallel.node=8"], 93.0)):
+        assert 1e3 * estimate(paper(*of_nodes, *more), CLUSTER).step == pytest.approx(step, rel=5e-3)
+    slow = replace(CLUSTER, network_rate=12.5e9)
+    by_node = [*GROUPED[2][0], "parallel.node=8"]
+    for changes, step in ((GROUPED[2][0], 215), (by_node, 182), ([*by_node, *chunks], 164)):
+        assert 1e3 * estimate(paper(*changes), slow).step == pytest.approx(step, rel=5e-3)

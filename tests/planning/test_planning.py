@@ -28,7 +28,7 @@ from lsmoe_ds.errors import UserError
 from lsmoe_ds.export.subnetwork import extract
 from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.model.transformer import Transformer
-from lsmoe_ds.moe.costs import bytes_per_row, rows_at_home, rows_at_random
+from lsmoe_ds.moe.costs import Rows, bytes_per_row, rows_at_home, rows_at_random
 from lsmoe_ds.parallel.parameters import global_names
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
@@ -80,13 +80,13 @@ def moe(**settings) -> MoE:
 
 def test_rows_at_home():
     affine = moe(expert_groups=4)
-    assert rows_at_home(affine, affine, 4, 1) == rows_at_home(affine, affine, 2, 1) == 0
-    assert rows_at_home(moe(expert_groups=4, routing="static"), affine, 4, 1) == 0
+    assert rows_at_home(affine, affine, 4, 1) == rows_at_home(affine, affine, 2, 1) == Rows(0)
+    assert rows_at_home(moe(expert_groups=4, routing="static"), affine, 4, 1) == Rows(0)
     for other in (moe(expert_groups=2), moe(expert_groups=4, task="source"), moe(routing="token")):
         assert rows_at_home(other, affine, 4, 1) is None
     assert rows_at_home(affine, affine, 8, 1) is None  # a task's experts live on two ranks
-    assert rows_at_home(affine, affine, 2, 2) == 0.5  # of two tensor-parallel peers one holds them
-    assert rows_at_home(affine, affine, 4, 2) == 0.5
+    assert rows_at_home(affine, affine, 2, 2) == Rows(0.5)  # of two tensor-parallel peers one holds them
+    assert rows_at_home(affine, affine, 4, 2) == Rows(0.5)
     assert rows_at_home(affine, None, 4, 1) is None
 
 
@@ -128,7 +128,7 @@ def test_bytes_of_a_step():
     planned = plan(recipe)
     row = bytes_per_row(16, 2, 4, True)
     counts = 8 * 3 * 16  # micro-batches x layers x bytes
-    assert [each.rows for each in planned.exchanges] == [0.5, 0.5]  # a task's experts are here or there
+    assert [each.rows.all for each in planned.exchanges] == [0.5, 0.5]  # a task's experts are here or there
     assert (
         planned.step_bytes == 64 * 8 * 2 * 0.5 * row + counts
     )  # all tokens in the decoder, which has two of the layers
@@ -201,7 +201,7 @@ def test_tables_and_json_say_the_same(capsys):
     planned = plan(recipe_of("target", "target", expert=2, expert_groups=2, stage=2), 4)
     value = json.loads(json.dumps(planned.to_dict()))
     assert value["parameters"]["total"] == planned.parameters.whole.total
-    assert value["layout"] == {"world": 4, "tensor": 1, "expert": 2, "data": 4}
+    assert value["layout"] == {"world": 4, "tensor": 1, "expert": 2, "node": 1, "data": 4}
     assert value["flops"]["source_training"] == planned.flops.source_training > 2 * planned.flops.source
     assert value["memory"][4]["total"] == planned.memory[4].total
     Console(width=160).print(planned.table())

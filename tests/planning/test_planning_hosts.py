@@ -24,9 +24,10 @@ from lsmoe_ds.model.initialization import initialize
 from lsmoe_ds.parallel.topology import Topology
 from lsmoe_ds.planning.arithmetic import flops
 from lsmoe_ds.planning.devices import DEVICES
-from lsmoe_ds.planning.fit import Cluster, find_fits
+from lsmoe_ds.planning.fit import find_fits
 from lsmoe_ds.planning.memory import PROCESS, TRANSFORMERS, activations, memory
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.planning.times import Cluster
 
 pytest.importorskip("transformers")
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

@@ -71,8 +71,8 @@ def _serve(rank: int, world: int, port: int, connection: Any) -> None:
 
 
 class Pool:
-    """``run(world, function, *arguments, tensor=, expert=)`` calls ``function(topology, *arguments)`` on
-    ``world`` processes and returns their results by rank. ``function`` must be importable.
+    """``run(world, function, *arguments, tensor=, expert=, node=)`` calls ``function(topology, *arguments)``
+    on ``world`` processes and returns their results by rank. ``function`` must be importable.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,13 @@ class Pool:
         return workers
 
     def run(
-        self, world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, expert: int = 1
+        self,
+        world: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        tensor: int = 1,
+        expert: int = 1,
+        node: int = 1,
     ) -> list[Any]:
         patience = HANG
         if world not in self._worlds:
@@ -103,7 +109,7 @@ class Pool:
         workers = self._worlds[world]
         self._signal(world, signal.SIGCONT)
         for _, connection in workers:
-            connection.send((function, arguments, {"tensor": tensor, "expert": expert}))
+            connection.send((function, arguments, {"tensor": tensor, "expert": expert, "node": node}))
         waiting, results, failures = {ours: rank for rank, (_, ours) in enumerate(workers)}, {}, []
         deadline = time.monotonic() + patience
         while waiting and (ready := wait(list(waiting), max(0, deadline - time.monotonic()))):
