@@ -1,7 +1,7 @@
 """The experts of one rank: sort rows by expert, apply the experts, sum the outputs with their weights.
 
-On a Hopper GPU in bfloat16 one grouped product per linear layer computes all experts; elsewhere they run one
-after another.
+On a Hopper GPU in bfloat16 one grouped product per linear layer computes all experts. On a CPU each thread
+computes other experts (:mod:`lsmoe_ds.moe.on_cpu`). Elsewhere they run one after another.
 
 n rows with N choices of a local expert, K top-k, H hidden, F feed-forward width, E local experts.
 """
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsmoe_ds.moe import on_cpu
 from lsmoe_ds.moe.routers import DROPPED
 from lsmoe_ds.parallel.compat import mark_expert_parameter
 from lsmoe_ds.parallel.grouped import ALIGNMENT, grouped_mm, has_kernel
@@ -186,15 +187,19 @@ def use_grouped(experts: Iterable[nn.Module], rows: Tensor) -> bool:
 
 
 def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
-    if (
-        not vars(type(expert)).get("is_plain")  # a subclass may compute something else
-        or type(expert.expand) is not nn.Linear
-        or type(expert.contract) is not nn.Linear
-    ):
+    if not _is_plain(expert, dtype):
         return False
-    weight = expert.expand.weight  # [F, H]
-    return weight.dtype == dtype and not any(
-        size * weight.element_size() % ALIGNMENT for size in weight.shape
+    weight = expert.get_parameter("expand.weight")  # [F, H]
+    return not any(size * weight.element_size() % ALIGNMENT for size in weight.shape)
+
+
+def _is_plain(expert: Any, dtype: torch.dtype) -> bool:
+    """Tell whether an expert is relu between two linear layers in this type."""
+    return (
+        bool(vars(type(expert)).get("is_plain"))  # a subclass may compute something else
+        and type(expert.expand) is nn.Linear
+        and type(expert.contract) is nn.Linear
+        and expert.expand.weight.dtype == dtype
     )
 
 
@@ -277,13 +282,21 @@ class Experts(nn.Module):
         computing: Sequence[Any] = list(local) if replicas is None else replicas
         assignment = Assignment.of(chosen, len(computing), count)
         copies = _Gather.apply(rows, assignment)
-        compute = grouped if use_grouped(local, copies) else self._one_by_one
+        compute = grouped if use_grouped(local, copies) else self._separately
         out: Tensor = _Combine.apply(compute(computing, copies, assignment), weights, assignment)
         return out
 
-    def _one_by_one(self, experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:
+    def _separately(self, experts: Sequence[Any], rows: Tensor, assignment: Assignment) -> Tensor:
         # The parameters come last: to go through those of 128 experts takes longer than a token's decoding.
         idle = self.training and self.run_idle and any(each.requires_grad for each in self.parameters())
-        parts = rows.split(assignment.counts())
-        outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if idle or len(part)]
-        return torch.cat(outputs) if outputs else rows
+        counts = assignment.counts()
+        working = [number for number, count in enumerate(counts) if idle or count]
+        if not working:
+            return rows
+        parts, sizes = [experts[number] for number in working], [counts[number] for number in working]
+        # If experts without rows compute as well, the answer must be the same on all ranks, whichever have
+        # rows. Replicas compute like the local experts.
+        like = parts if isinstance(parts[0], nn.Module) and not idle else self.deepspeed_experts
+        if rows.device.type == "cpu" and all(_is_plain(expert, rows.dtype) for expert in like):
+            return on_cpu.compute(parts, rows, sizes)
+        return torch.cat([expert(part) for expert, part in zip(parts, rows.split(sizes), strict=True)])

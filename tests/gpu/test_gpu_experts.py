@@ -83,7 +83,7 @@ def test_the_grouped_product_is_as_exact_as_one_expert_after_another(device, cas
     weights = torch.rand(count, TOP_K, device=device) * (chosen != DROPPED)
     experts = experts_on(device)
     with monkeypatch.context() as patch:
-        patch.setattr(Experts, "_one_by_one", None)
+        patch.setattr(Experts, "_separately", None)
         found = results(experts, rows, chosen, weights)
     monkeypatch.setattr(module, "use_grouped", lambda *_: False)
     rival = results(experts, rows, chosen, weights)

@@ -52,7 +52,7 @@ def results(
 def grouped_results(monkeypatch, *arguments) -> dict[str, Tensor]:
     with monkeypatch.context() as patch:
         patch.setattr(module, "use_grouped", lambda *_: True)
-        patch.setattr(Experts, "_one_by_one", None)
+        patch.setattr(Experts, "_separately", None)
         return results(*arguments)
 
 
