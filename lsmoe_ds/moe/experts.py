@@ -194,9 +194,11 @@ def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _is_plain(expert: Any, dtype: torch.dtype) -> bool:
-    """Tell whether an expert is relu between two linear layers in this type."""
+    """Tell whether an expert is relu between two linear layers in this type, and need not be called."""
     return (
         bool(vars(type(expert)).get("is_plain"))  # a subclass may compute something else
+        and not expert._forward_pre_hooks  # which may load its weights, or read what it computes
+        and not expert._forward_hooks
         and type(expert.expand) is nn.Linear
         and type(expert.contract) is nn.Linear
         and expert.expand.weight.dtype == dtype
@@ -297,6 +299,6 @@ class Experts(nn.Module):
         # If experts without rows compute as well, the answer must be the same on all ranks, whichever have
         # rows. Replicas compute like the local experts.
         like = parts if isinstance(parts[0], nn.Module) and not idle else self.deepspeed_experts
-        if rows.device.type == "cpu" and all(_is_plain(expert, rows.dtype) for expert in like):
+        if on_cpu.computes(rows) and all(_is_plain(expert, rows.dtype) for expert in like):
             return on_cpu.compute(parts, rows, sizes)
         return torch.cat([expert(part) for expert, part in zip(parts, rows.split(sizes), strict=True)])

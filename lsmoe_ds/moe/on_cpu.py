@@ -12,7 +12,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Rows from which on all threads compute one expert together: MKL divides its products well, and one thread
 # alone would keep the others waiting.
@@ -29,6 +30,11 @@ LARGE = 256
 # or rows, since ZeRO 2 fills its buckets in the order in which gradients arrive.
 TOGETHER, LEAST = 256 * 2**20, 16
 TENSORS = 4  # of an expert: the weight and the bias of both layers
+
+
+def computes(rows: Tensor) -> bool:
+    """Tell whether :func:`compute` can take these rows; under autocast the types would be others."""
+    return rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def compute(experts: Sequence[Any], rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -55,20 +61,22 @@ def _tensors(expert: Any) -> tuple[Tensor, ...]:
 class _FeedForwards(torch.autograd.Function):
     """Apply E experts to rows [N, H]. The weights are TENSORS tensors of each expert.
 
-    All results are allocated by the calling thread, whose memory is kept (``lsmoe_ds.launch.memory``); that
-    of other threads returns to the system with every large tensor.
+    What outlives an expert is allocated by the calling thread: memory of other threads is not kept for later
+    tensors (``lsmoe_ds.launch.memory``).
     """
 
     @staticmethod
     def forward(ctx: Any, counts: Sequence[int], rows: Tensor, *weights: Tensor) -> Tensor:
-        spans = _spans(counts)
-        hidden = [rows.new_empty(count, weights[TENSORS * e].shape[0]) for e, count in enumerate(counts)]
+        spans, kept = _spans(counts), any(ctx.needs_input_grad)
+        widths = [weights[TENSORS * e].shape[0] for e in range(len(counts))]
+        hidden = [rows.new_empty(*size) for size in zip(counts, widths, strict=True)] if kept else []
         out = torch.empty_like(rows)
 
         def apply(e: int) -> None:
             expand, expand_bias, contract, contract_bias = weights[TENSORS * e :][:TENSORS]
-            torch.addmm(expand_bias, rows[spans[e]], expand.t(), out=hidden[e]).relu_()
-            torch.addmm(contract_bias, hidden[e], contract.t(), out=out[spans[e]])
+            inner = hidden[e] if kept else rows.new_empty(counts[e], widths[e])
+            torch.addmm(expand_bias, rows[spans[e]], expand.t(), out=inner).relu_()
+            torch.addmm(contract_bias, inner, contract.t(), out=out[spans[e]])
 
         _for_each(apply, counts)
         ctx.counts = counts
@@ -82,7 +90,6 @@ class _FeedForwards(torch.autograd.Function):
         counts, of_rows, of_weights = ctx.counts, ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         hidden, weights, spans = saved[: len(counts)], saved[len(counts) :], _spans(counts)
         grad_rows = torch.empty_like(rows) if of_rows else None
-        grad_hidden = [torch.empty_like(each) for each in hidden]
         found = [
             torch.empty_like(weight) if needed else None
             for weight, needed in zip(weights, of_weights, strict=True)
@@ -90,8 +97,8 @@ class _FeedForwards(torch.autograd.Function):
 
         def differentiate(e: int) -> None:
             expand, _, contract, _ = weights[TENSORS * e :][:TENSORS]
-            given, inner = gradient[spans[e]], grad_hidden[e]
-            torch.mm(given, contract, out=inner)
+            given = gradient[spans[e]]
+            inner = given @ contract
             torch.ops.aten.threshold_backward.grad_input(inner, hidden[e], 0, grad_input=inner)
             products = (inner, rows[spans[e]]), (given, hidden[e])
             for layer, (of_output, of_input) in enumerate(products):
@@ -115,7 +122,9 @@ def _for_each(work: Callable[[int], None], counts: Sequence[int]) -> None:
     """Call ``work`` with the number of each expert. It must not need gradients."""
     threads = torch.get_num_threads()
     small = [e for e, count in enumerate(counts) if count <= LARGE]
-    pool = _pool(threads) if threads > 1 and len(small) > 1 else None
+    # A mode, such as one that counts operations, sees only those of the calling thread.
+    divided = threads > 1 and len(small) > 1 and not is_in_torch_dispatch_mode()
+    pool = _pool(threads) if divided else None
     for e, count in enumerate(counts):
         if pool is None or count > LARGE:
             work(e)
@@ -130,11 +139,16 @@ def _for_each(work: Callable[[int], None], counts: Sequence[int]) -> None:
             for e in numbers:
                 work(e)
 
-    for done in [pool.submit(drain) for _ in range(min(threads, len(small)))]:
-        done.result()
+    try:
+        begun = [pool.submit(drain) for _ in range(min(threads, len(small)))]
+    except RuntimeError:  # the interpreter is shutting down
+        begun = []
+        drain()
+    for each in begun:
+        each.result()
 
 
-@cache
+@lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor | None:
     """Return threads that each compute alone; None if this build of torch has no such setting.
 

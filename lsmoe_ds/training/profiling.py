@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile, record_function
 
 from lsmoe_ds.errors import SharedError, UserError
 from lsmoe_ds.folders import explain_errors, write_whole
@@ -118,7 +118,10 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if self.topology.device.type == "cuda" else []
-        self._begun, self._profile = number, profile(activities=activities)
+        # Experts are computed by threads of their own on a CPU.
+        threads = _ExperimentalConfig(profile_all_threads=True)
+        self._begun = number
+        self._profile = profile(activities=activities, experimental_config=threads)
         self._profile.start()
 
     def _path(self, end: str) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe import on_cpu
@@ -92,6 +94,42 @@ def test_the_calling_thread_keeps_its_threads(threads):
     pool = on_cpu._pool(threads)
     assert pool.submit(library.MKL_Get_Max_Threads).result() == 1
     assert pool.submit(torch.get_num_threads).result() == 1
+
+
+def test_what_counts_operations_sees_all(threads):
+    counts = [1] * len(COUNTS)
+    with FlopCounterMode(display=False) as counter:
+        on_cpu.compute(experts_of(), torch.randn(sum(counts), HIDDEN), counts).sum().backward()
+    forward = 2 * 2 * HIDDEN * WIDTH * sum(counts)
+    assert counter.get_total_flops() == 3 * forward - forward // 2, "the rows need no gradient"
+
+
+def test_a_profile_of_all_threads_sees_all(threads):
+    counts = [1] * len(COUNTS)
+    config = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as found:
+        on_cpu.compute(experts_of(), torch.randn(sum(counts), HIDDEN), counts)
+    assert {each.key: each.count for each in found.key_averages()}["aten::addmm"] == 2 * len(counts)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_rows_are_computed_while_the_interpreter_shuts_down(monkeypatch, threads):
+    experts, rows = experts_of(), torch.randn(sum(COUNTS), HIDDEN)
+    with torch.no_grad():
+        wanted = on_cpu.compute(experts, rows, COUNTS)
+        on_cpu._pool(threads).shutdown()
+        torch.testing.assert_close(on_cpu.compute(experts, rows, COUNTS), wanted)
+    on_cpu._pool.cache_clear()
+
+
+def test_another_number_of_threads_replaces_the_pool():
+    first = on_cpu._pool(2)
+    assert first.submit(int).result() == 0
+    (thread,) = first._threads
+    on_cpu._pool(3)
+    del first
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def _in_child() -> None:
