@@ -195,14 +195,12 @@ def _fits(expert: nn.Module, dtype: torch.dtype) -> bool:
 
 def _is_plain(expert: Any, dtype: torch.dtype) -> bool:
     """Tell whether an expert is relu between two linear layers in this type, and need not be called."""
-    return (
-        bool(vars(type(expert)).get("is_plain"))  # a subclass may compute something else
-        and not expert._forward_pre_hooks  # which may load its weights, or read what it computes
-        and not expert._forward_hooks
-        and type(expert.expand) is nn.Linear
-        and type(expert.contract) is nn.Linear
-        and expert.expand.weight.dtype == dtype
-    )
+    if not vars(type(expert)).get("is_plain"):  # a subclass may compute something else
+        return False
+    layers = expert.expand, expert.contract
+    # Hooks may load weights, or read what is computed.
+    hooked = any(each._forward_pre_hooks or each._forward_hooks for each in (expert, *layers))
+    return not hooked and all(type(each) is nn.Linear for each in layers) and layers[0].weight.dtype == dtype
 
 
 def grouped(experts: Iterable[Any], rows: Tensor, assignment: Assignment) -> Tensor:

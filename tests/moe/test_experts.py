@@ -338,25 +338,31 @@ def test_layers_share_a_group_of_the_optimizer_up_to_its_limit(monkeypatch):
     assert [len(group["params"]) for group in deepspeed_engine.optimizer_groups(model)] == [8, 8, 4]
 
 
-@pytest.mark.parametrize("module", ["pre-hook", "hook"])
-def test_an_expert_with_hooks_is_called(module):
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+@pytest.mark.parametrize("part", ["", "expand", "contract"])
+def test_an_expert_with_hooks_is_called(part, kind):
     """A model whose experts are read from disk one at a time depends on it."""
     experts, called = experts_of(), []
-    first = experts.deepspeed_experts[1]
-    register = first.register_forward_pre_hook if module == "pre-hook" else first.register_forward_hook
-    register(lambda *_: called.append(1) and None)
+    hooked = experts.deepspeed_experts[1].get_submodule(part)
+    getattr(hooked, f"register_{kind}")(lambda *_: called.append(1))
     rows, chosen = torch.randn(3, HIDDEN), torch.tensor([[1, 0], [1, 2], [1, 4]])
     weights = torch.rand(3, 2)
     torch.testing.assert_close(experts(rows, chosen, weights), experts_of()(rows, chosen, weights))
     assert called == [1]
 
 
-def test_autocast_decides_the_type():
+def test_autocast_decides_the_type(monkeypatch):
     experts, rows, chosen = experts_of(), torch.randn(3, HIDDEN), torch.tensor([[1, 0], [1, 2], [1, 4]])
-    weights, seen = torch.rand(3, 2), []
+    true, seen = FeedForward.forward, []
+
+    def noted(*arguments):
+        out = true(*arguments)
+        seen.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(FeedForward, "forward", noted)
     with torch.autocast("cpu", torch.bfloat16):
-        experts.deepspeed_experts[1].contract.register_forward_hook(
-            lambda *given: seen.append(given[2].dtype)
-        )
-        experts(rows, chosen, weights)
-    assert seen == [torch.bfloat16]
+        experts(rows, chosen, torch.rand(3, 2))
+    assert seen == [torch.bfloat16] * 4
+    experts(rows, chosen, torch.rand(3, 2))
+    assert len(seen) == 4, "without it, none is called"
