@@ -56,8 +56,9 @@ def _seconds_per_byte(cluster: Cluster, ranks: int, step: int = 1) -> float:
 def hidden(exchange: float, compute: float, chunks: int) -> float:
     """Return the seconds of exchange that a pass through a layer hides behind computation.
 
-    ``exchange`` are the seconds of all rows there and back, ``compute`` those of the experts. The first of C
-    chunks on its way there and the last on its way back have nothing to overlap with::
+    ``exchange`` are the seconds of all rows there and back, ``compute`` those of the experts and of
+    forwarding within machines. The first of C chunks on its way there and the last on its way back have
+    nothing to overlap with::
 
         min((1 - 1 / C) exchange, compute)
     """
@@ -113,15 +114,20 @@ def estimate(recipe: Recipe, cluster: Cluster, shares: Shares | None = None) -> 
     for each in found:
         rows = step / 2 * each.routed * crowded[each.side] / world
         leaving = each.rows_of(affine)
-        of_byte = (leaving.sent * sent + leaving.forwarded * forwarded) / (leaving.all or 1)
-        whole, once = (
-            rows * bytes_ * of_byte for bytes_ in (each.token_bytes(affine, ahead), each.pass_bytes(affine))
+        # For both stages: the seconds of all rows in a step, and in one pass.
+        (whole, once), (within, within_once) = (
+            [
+                rows * bytes_ * part * seconds / (leaving.all or 1)
+                for bytes_ in (each.token_bytes(affine, ahead), each.pass_bytes(affine))
+            ]
+            for part, seconds in ((leaving.sent, sent), (leaving.forwarded, forwarded))
         )
         # A forward pass takes a third of the operations of training, with recomputed layers a fourth.
         computed = half / world * of_experts[each.side] / (3 + again) * crowded[each.side] * flop
         computed *= 1 - each.at_home
-        dispatch += whole - passes * hidden(once, computed, each.chunks)
-        dispatch -= hidden(whole - passes * once, 2 * computed, each.chunks)
+        dispatch += whole + within - passes * hidden(once, computed + within_once, each.chunks)
+        back = 2 * computed + within - passes * within_once
+        dispatch -= hidden(whole - passes * once, back, each.chunks)
         further += (each.chunks - 1) * each.values
     lent = sum(passes * each.lent_bytes + each.lent_bytes_back for each in found)
     dispatch += batches * lent * byte
