@@ -1,14 +1,43 @@
-"""Check whether a number of processes can train a recipe. No torch here, because plans check this too."""
+"""Define the layout of a recipe, and check whether processes can hold it. No torch here: plans check this too."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import model_validator
+
+from lsmoe_ds.config.section import Positive, Section
 from lsmoe_ds.errors import UserError
 from lsmoe_ds.notices import counted
 
 if TYPE_CHECKING:
     from lsmoe_ds.config.recipe import Recipe
+
+
+class Parallel(Section):
+    """Divide the ranks: their number is tensor x data, and ``expert`` ranks share the experts of a layer.
+
+    Of these, ``node`` ranks are on one machine. If there are several machines, rows cross the network once
+    to each of them; with 1, each row goes directly to the ranks of its experts.
+    """
+
+    tensor: Positive = 1
+    expert: Positive = 1
+    node: Positive = 1
+
+    @property
+    def forwards_among(self) -> int:
+        """Return ``node`` if rows are forwarded among as many ranks; otherwise 1."""
+        return self.node if self.node < self.expert else 1
+
+    @model_validator(mode="after")
+    def _has_whole_machines(self) -> Parallel:
+        if self.expert % self.node and self.node % self.expert:
+            raise ValueError(
+                f"'parallel.node' is {self.node} and 'parallel.expert' {self.expert}: one must divide the "
+                "other. Give the number of ranks on a machine, or 1 to send each row directly"
+            )
+        return self
 
 
 def check_world(world: int, tensor: int, expert: int) -> None:

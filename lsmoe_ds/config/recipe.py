@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from lsmoe_ds.config.data import Data
 from lsmoe_ds.config.deepspeed import read_deepspeed_config
 from lsmoe_ds.config.host import TOKENIZER, count_tokens, end_of
+from lsmoe_ds.config.layout import Parallel
 from lsmoe_ds.config.method import sections
 from lsmoe_ds.config.model import Model
 from lsmoe_ds.config.optimizer import OPTIMIZERS, Adafactor, Adam, OptimizerSettings
@@ -119,32 +120,6 @@ class Training(Section):
     def optimizer_settings(self) -> OptimizerSettings:
         given: OptimizerSettings | None = getattr(self, self.optimizer)
         return OPTIMIZERS[self.optimizer]() if given is None else given
-
-
-class Parallel(Section):
-    """Divide the ranks: their number is tensor x data, and ``expert`` ranks share the experts of a layer.
-
-    Of these, ``node`` ranks are on one machine. If there are several machines, rows cross the network once to
-    each of them and are forwarded within it; with 1, each row goes directly to the ranks of its experts.
-    """
-
-    tensor: Positive = 1
-    expert: Positive = 1
-    node: Positive = 1
-
-    @property
-    def forwards_among(self) -> int:
-        """Return ``node`` if rows are forwarded among so many ranks; otherwise 1."""
-        return self.node if self.node < self.expert else 1
-
-    @model_validator(mode="after")
-    def _has_whole_machines(self) -> Parallel:
-        if self.expert % self.node and self.node % self.expert:
-            raise ValueError(
-                f"'parallel.node' is {self.node} and 'parallel.expert' {self.expert}: one must divide the "
-                "other. Give the number of ranks on a machine, or 1 to send each row directly"
-            )
-        return self
 
 
 class Recipe(Section):

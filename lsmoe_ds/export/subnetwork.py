@@ -39,9 +39,10 @@ from lsmoe_ds.checkpoint.stored import (
     write_folder,
 )
 from lsmoe_ds.checkpoint.tensors import LazyTensor, Tensors
+from lsmoe_ds.config.layout import Parallel
 from lsmoe_ds.config.model import Model, Side
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.config.recipe import Parallel, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.config.shapes import FEED_FORWARD
 from lsmoe_ds.directions import Direction, Languages
 from lsmoe_ds.errors import UserError

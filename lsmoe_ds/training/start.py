@@ -15,9 +15,9 @@ from lsmoe_ds.checkpoint.run_folder import check_run, list_checkpoints, newest_w
 from lsmoe_ds.checkpoint.stored import RECIPE, find_model
 from lsmoe_ds.config.file import load_recipe
 from lsmoe_ds.config.host import check_weights
-from lsmoe_ds.config.layout import check_layout
+from lsmoe_ds.config.layout import Parallel, check_layout
 from lsmoe_ds.config.method import MethodSection
-from lsmoe_ds.config.recipe import Parallel, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.data.batching import BatchStream
 from lsmoe_ds.data.forms import form_of
 from lsmoe_ds.data.groups import with_listed_groups

@@ -12,8 +12,9 @@ import torch
 from support.plans import recipe_of, traffic
 from support.sameness import assert_same, in_units, recipe_for, train
 
+from lsmoe_ds.config.layout import Parallel
 from lsmoe_ds.config.moe import MoE
-from lsmoe_ds.config.recipe import Parallel, Recipe
+from lsmoe_ds.config.recipe import Recipe
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe.costs import Rows, bytes_per_row, random_rows, rows_at_home
 from lsmoe_ds.moe.dispatch import Dispatcher
