@@ -1,4 +1,4 @@
-"""Define the layout of a recipe, and check whether processes can hold it. No torch here: plans check this too."""
+"""The layout of a recipe, and whether processes can hold it. No torch here, because plans check this too."""
 
 from __future__ import annotations
 
