@@ -137,16 +137,16 @@ class Rows:
 
 
 def random_rows(settings: MoE, ranks: int, node: int) -> Rows:
-    """Return the rows that leave their rank for K random distinct experts, on machines of ``node`` ranks.
+    """Return the rows that leave their rank for K random distinct experts.
 
-    The rank that a row arrives at forwards it to each rank of its machine that holds any of its experts, of
-    which itself is one in ``node``.
+    With ``node`` above 1, rows are forwarded among so many ranks: the rank at which a row arrives forwards it
+    to each other rank of its machine that holds any of its experts.
     """
 
     def leaving(ranks: int) -> float:
         return rows_at_random(settings.experts, settings.top_k, ranks, settings.expert_groups)
 
-    if not 1 < node < ranks:
+    if node == 1:
         return Rows(leaving(ranks))
     reached = leaving(ranks) * ranks / (ranks - 1)
     return Rows(leaving(ranks // node), reached * (node - 1) / node)
@@ -165,7 +165,6 @@ def rows_at_home(settings: MoE, affine: MoE | None, ranks: int, tensor: int, nod
     )
     if not settings.by_task or not follows or settings.expert_groups % ranks:
         return None
-    node = node if node < ranks else 1
     sent, forwarded, met = 0, 0, 0
     for first in range(0, lcm(tensor, ranks), tensor):
         peers = [rank % ranks for rank in range(first, first + tensor)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -139,10 +139,11 @@ def _for_each(work: Callable[[int], None], counts: Sequence[int]) -> None:
             for e in numbers:
                 work(e)
 
+    begun: list[Future[None]] = []
     try:
-        begun = [pool.submit(drain) for _ in range(min(threads, len(small)))]
+        for _ in range(min(threads, len(small))):
+            begun.append(pool.submit(drain))
     except RuntimeError:  # the interpreter is shutting down
-        begun = []
         drain()
     for each in begun:
         each.result()

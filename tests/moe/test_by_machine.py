@@ -15,12 +15,14 @@ from support.sameness import assert_same, in_units, recipe_for, train
 from lsmoe_ds.config.layout import Parallel
 from lsmoe_ds.config.moe import MoE
 from lsmoe_ds.config.recipe import Recipe
+from lsmoe_ds.launch.membership import Membership
 from lsmoe_ds.model.feed_forward import FeedForward
 from lsmoe_ds.moe.costs import Rows, bytes_per_row, random_rows, rows_at_home
 from lsmoe_ds.moe.dispatch import Dispatcher
 from lsmoe_ds.moe.routers import DROPPED
 from lsmoe_ds.parallel.topology import Topology, ranks_by_machine
 from lsmoe_ds.planning.plan import plan
+from lsmoe_ds.training.start import _sizes
 
 HIDDEN, WIDTH, EACH, TOP_K = 6, 10, 2, 3
 TOKENS = (5, 0, 1, 7, 3, 2)  # of each rank
@@ -165,7 +167,7 @@ def test_rows_of_batches_at_home():
     settings = MoE(experts=16, routing="task", expert_groups=8)
     assert rows_at_home(settings, settings, 8, 1, 4) == Rows(0, 0)
     assert rows_at_home(settings, settings, 8, 2, 4) == Rows(0, 0.5), "tensor-parallel peers on one machine"
-    # Of two peers on two machines of four ranks, one sends its tokens to the other's machine.
+    # Of eight peers, half are on the other machine than the experts, and three quarters have another number.
     assert rows_at_home(settings, settings, 8, 8, 4) == Rows(0.5, 0.75)
 
 
@@ -178,6 +180,13 @@ def test_machines_and_the_ranks_across_them():
 @pytest.mark.parametrize(("expert", "node", "among"), [(8, 4, 4), (8, 8, 1), (4, 8, 1), (8, 1, 1)])
 def test_rows_are_forwarded_only_if_a_layers_experts_are_on_several_machines(expert, node, among):
     assert Parallel(expert=expert, node=node).forwards_among == among
+
+
+@pytest.mark.parametrize(("ranks", "warns"), [(2, False), (4, False), (3, True), (1, True)])
+def test_training_warns_if_a_machine_has_other_ranks(ranks, warns):
+    said = _sizes(Parallel(expert=4, node=2), Membership(world=4, local_world=ranks))
+    assert said.startswith("tensor 1, expert 4 on machines of 2")
+    assert ("warning: parallel.node is 2, but this machine has" in said) == warns
 
 
 def test_machines_that_cut_a_group_of_experts_are_refused():
